@@ -1,0 +1,158 @@
+"""The kinds of journal records. A record is one fact that happened; an incident is what the fold makes of them.
+
+Written by `agent` only. Each kind has a name and a version on disk; a reader meets an unknown kind or version with an
+error, never by skipping. Adding an optional field keeps the version; anything else makes a new one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from actions.model import BreakerMoved, Plan, Refusal, StepMoved
+from rules.model import Alert, Diagnosis
+
+
+class AlertsReceived(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="alerts_received"):
+    """The new alerts of one webhook (re-sends are not recorded). One record a request, so it is all or nothing."""
+
+    at: float
+    tenant: str
+    receiver: str
+    group_key: str
+    group_labels: dict[str, str] = {}
+    external_url: str = ""
+    alerts: tuple[Alert, ...]
+    truncated: int = 0
+    traceparent: str = ""
+    source: Literal["webhook", "reconcile"] = "webhook"
+
+
+class AlertQuarantined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="alert_quarantined"):
+    """A body, or one alert of it, that could not be understood. `head` is bounded; `digest` is of the whole."""
+
+    at: float
+    tenant: str
+    digest: str
+    path: str
+    reason: str
+    index: int | None = None  # None: the whole body
+    head: str = ""
+
+
+class IncidentMoved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="incident_moved"):
+    at: float
+    incident: str
+    before: str
+    after: str
+    reason: str = ""
+    refusal: Refusal | None = None  # with after = declined, suggested or escalated
+
+
+class Diagnosed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="diagnosed"):
+    at: float
+    incident: str
+    diagnosis: Diagnosis
+    evidence_seconds: float = 0.0
+    diagnosis_seconds: float = 0.0
+    evidence_at: float = 0.0  # end of the window that was looked at
+
+
+class PlanMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_made"):
+    at: float
+    plan: Plan
+
+
+class PlanDeclined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_declined"):
+    at: float
+    incident: str
+    action: str = ""
+    refusal: Refusal
+    detail: str = ""
+
+
+class ApprovalGiven(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="approval_given"):
+    """A person's decision. It counts only if `digest` is that of the waiting plan and `at < plan.expires_at`."""
+
+    at: float
+    incident: str
+    plan: str
+    digest: str
+    decision: Literal["approve", "reject"]
+    who: str
+    origin: str  # "cli uid=0", "http 10.0.0.4"
+    note: str = ""
+
+
+class StepRecorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="step_recorded"):
+    move: StepMoved
+
+
+class BreakerRecorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="breaker_recorded"):
+    move: BreakerMoved
+
+
+class Noted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="noted"):
+    """A sentence for an incident's story that moves nothing ("Prometheus did not answer: connection refused")."""
+
+    at: float
+    incident: str
+    text: str
+
+
+class AgentStarted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="agent_started"):
+    at: float
+    version: str
+    pid: int
+    sandbox: str
+    autonomy: str
+
+
+class PauseSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="pause_set"):
+    at: float
+    paused: bool
+    who: str
+    note: str = ""
+
+
+Record = (
+    AlertsReceived
+    | AlertQuarantined
+    | IncidentMoved
+    | Diagnosed
+    | PlanMade
+    | PlanDeclined
+    | ApprovalGiven
+    | StepRecorded
+    | BreakerRecorded
+    | Noted
+    | AgentStarted
+    | PauseSet
+)
+
+KINDS: dict[str, type] = {
+    kind.__struct_config__.tag: kind  # type: ignore[misc]
+    for kind in (
+        AlertsReceived,
+        AlertQuarantined,
+        IncidentMoved,
+        Diagnosed,
+        PlanMade,
+        PlanDeclined,
+        ApprovalGiven,
+        StepRecorded,
+        BreakerRecorded,
+        Noted,
+        AgentStarted,
+        PauseSet,
+    )
+}
+VERSIONS: dict[str, int] = dict.fromkeys(KINDS, 1)
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A record as the journal holds it: its sequence number (from 1, no gaps) and the record."""
+
+    seq: int
+    record: Record
