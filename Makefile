@@ -1,0 +1,56 @@
+# The two commands of the README: `make demo` and `make test`. Both do all set-up (virtual environment, locked packages,
+# Debian packages when root). Everything else here is for people who work on AlertMedic.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTEST := .venv/bin/python -m pytest
+SEED ?=
+
+.PHONY: help install demo serve test test-full lint format bench lock clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: .venv/installed ## the command, in .venv/bin/alertmedic
+
+.venv/installed: requirements.lock pyproject.toml
+	@tools/make-venv requirements.lock
+	@touch $@
+
+.venv/installed-dev: requirements-dev.lock pyproject.toml
+	@tools/make-venv requirements-dev.lock
+	@touch .venv/installed $@
+
+demo: .venv/installed ## real faults in a real shop, detected, diagnosed, healed, verified
+	@tools/install-debian demo
+	@.venv/bin/python -m agent.demo $(if $(SEED),--seed $(SEED))
+
+serve: .venv/installed ## the service on 127.0.0.1:9095
+	@.venv/bin/alertmedic serve
+
+test: .venv/installed-dev ## all tests, heavy suites as seeded subsets (under 10 minutes)
+	@tools/install-debian test
+	@$(PYTEST) -m "not full"
+
+test-full: .venv/installed-dev ## all tests at full volume
+	@tools/install-debian test
+	@$(PYTEST)
+
+lint: .venv/installed-dev ## ruff, mypy strict, the layer rule
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-cache
+
+format: .venv/installed-dev
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+bench: .venv/installed-dev ## ratios against named references, in one run
+	@tools/install-debian test
+	@.venv/bin/python -m bench
+
+lock: ## write the lock files from pyproject.toml
+	@tools/lock
+
+clean:
+	@rm -rf build .mypy_cache .ruff_cache .hypothesis
