@@ -1,0 +1,414 @@
+"""The configuration: its shape, its defaults, and how it is loaded.
+
+Called by `agent.cli` (and through it by everything: `agent.app` gets one `Config`). Exists so that every module is
+handed checked values and no module reads the environment or a configuration file of its own. It never prints a secret,
+never guesses what a wrong value was meant to be, and never loads half a file: `load` gives a whole `Config` or raises
+`ConfigError` with every fault found.
+
+Seconds are floats, sizes are bytes, ratios are fractions. Relative paths count from the directory of the file that
+names them. Every key is described in docs/configuration.md; a test compares names and defaults.
+
+A mapping of the file is a struct here: its fields are its keys; what has no default is required.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from actions.model import Autonomy
+from agent.config_checks import check
+from agent.strict import ConfigError, Document, Fault, kind, variables
+from agent.strict_kinds import Secret
+from sandbox.model import Protection
+
+__all__ = ["Config", "ConfigError", "Fault", "Secret", "default_state_dir", "load"]
+
+MIB = 1024 * 1024
+
+Seconds = Annotated[float, Meta(gt=0, le=31 * 86400)]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=31 * 86400)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+Bytes = Annotated[int, Meta(ge=1024, le=2**50), kind("bytes")]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Url = Annotated[str, kind("url")]
+Glob = Annotated[str, Meta(min_length=1, max_length=256), kind("glob")]
+LabelName = Annotated[str, Meta(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*\Z", max_length=128)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+HeaderName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]*\Z", max_length=128)]
+File = Annotated[Path, kind("file")]
+Directory = Annotated[Path, kind("directory")]
+TimeOfDay = Annotated[str, Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]\Z")]
+Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+Scope = Literal["webhook", "read", "approve"]
+ServiceKind = Literal["http", "worker", "postgres", "host", "external"]
+
+
+def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """$XDG_STATE_HOME/alertmedic, and ~/.local/state/alertmedic where that is not set (XDG Base Directory)."""
+    env = os.environ if environ is None else environ
+    base = env.get("XDG_STATE_HOME", "")
+    if base and Path(base).is_absolute():
+        return Path(base) / "alertmedic"
+    home = env.get("HOME", "")
+    return (Path(home) if home else Path.home()) / ".local" / "state" / "alertmedic"
+
+
+class BearerToken(Struct, frozen=True, kw_only=True):
+    token_file: Secret
+    tenants: tuple[Glob, ...] = ("*",)
+    scopes: tuple[Scope, ...] = ("webhook", "read")
+
+
+class BasicUser(Struct, frozen=True, kw_only=True):
+    name: Name
+    password_file: Secret
+    tenants: tuple[Glob, ...] = ("*",)
+    scopes: tuple[Scope, ...] = ("webhook", "read")
+
+
+class Auth(Struct, frozen=True, kw_only=True):
+    """Who may call the HTTP port. Nobody configured: everybody may post and read, nobody may approve there (the control
+    socket in the state directory stays: whoever can open that file is the operator)."""
+
+    bearer: tuple[BearerToken, ...] = ()
+    basic: tuple[BasicUser, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return bool(self.bearer or self.basic)
+
+
+class ListenTls(Struct, frozen=True, kw_only=True):
+    cert_file: File | None = None
+    key_file: File | None = None
+    client_ca_file: File | None = None
+
+
+class Intake(Struct, frozen=True, kw_only=True):
+    max_body_bytes: Bytes = 8 * MIB
+    max_waiting: Count = 1024  # incidents of one tenant that may await diagnosis in memory
+    max_requests: Count = 256  # webhook requests handled at once; more get 503
+    max_bytes_in_flight: Bytes = 64 * MIB  # bodies held at once; more get 503
+
+
+class Journal(Struct, frozen=True, kw_only=True):
+    segment_bytes: Bytes = 16 * MIB
+    snapshot_records: Count = 10_000
+    keep_incidents: Count = 10_000  # closed incidents kept
+    keep_days: Annotated[float, Meta(gt=0, le=3650)] = 30.0
+
+
+class BasicAuth(Struct, frozen=True, kw_only=True):
+    username: Name
+    password_file: Secret
+
+
+class ClientTls(Struct, frozen=True, kw_only=True):
+    ca_file: File | None = None
+    cert_file: File | None = None
+    key_file: File | None = None
+    server_name: str = ""
+    insecure_skip_verify: bool = False
+
+
+class Prometheus(Struct, frozen=True, kw_only=True):
+    url: Url = ""
+    timeout_seconds: Seconds = 15.0
+    step_seconds: Seconds = 30.0
+    window_seconds: Seconds = 3600.0
+    rate_seconds: Seconds | None = None  # None: four steps, at least 60 s
+    concurrency: Annotated[int, Meta(ge=1, le=256)] = 8
+    onset_margin_seconds: SecondsOrZero = 60.0
+    service_label: LabelName = "service"
+    bearer_token_file: Secret | None = None
+    basic: BasicAuth | None = None
+    tls: ClientTls = ClientTls()
+    tenant_header: HeaderName = ""
+    tenant: str = ""  # "": the tenant of the alert
+
+    @property
+    def rate_window_seconds(self) -> float:
+        return self.rate_seconds if self.rate_seconds is not None else max(60.0, 4 * self.step_seconds)
+
+
+class Alertmanager(Struct, frozen=True, kw_only=True):
+    url: Url = ""
+    timeout_seconds: Seconds = 10.0
+    reconcile: bool = True  # on start, ask which alerts fire (only with a url)
+    tenant: Name = "default"  # the tenant that reconciled alerts belong to
+    bearer_token_file: Secret | None = None
+    basic: BasicAuth | None = None
+    tls: ClientTls = ClientTls()
+
+
+class Topology(Struct, frozen=True, kw_only=True):
+    file: File | None = None
+    edges: Mapping[Name, tuple[Name, ...]] = {}
+    kinds: Mapping[Name, ServiceKind] = {}
+    service_graph: bool = False  # also ask Prometheus for traces_service_graph_* series
+
+    @property
+    def edge_pairs(self) -> tuple[tuple[str, str], ...]:
+        return tuple((caller, callee) for caller, callees in self.edges.items() for callee in callees)
+
+
+class Packs(Struct, frozen=True, kw_only=True):
+    dirs: tuple[Directory, ...] = ()
+    disable: tuple[Glob, ...] = ()  # cause ids
+
+
+class Actions(Struct, frozen=True, kw_only=True):
+    dirs: tuple[Directory, ...] = ()
+    disable: tuple[Glob, ...] = ()  # action names
+
+
+class InventoryEntry(Struct, frozen=True, kw_only=True):
+    """What actions and the host source may know of one service. "" means not told."""
+
+    host: str = ""  # "" and local: this machine
+    listen_port: Annotated[str, Meta(pattern=r"^([1-9][0-9]{0,4})?\Z")] = ""
+    supervisord_url: str = ""  # http://... or unix:///path
+    supervisord_program: str = ""
+    systemd_unit: str = ""
+    pg_dsn: str = ""
+    http_admin: Url = ""
+    flags_url: Url = ""
+    scale_url: Url = ""
+    workers_max: Annotated[str, Meta(pattern=r"^([1-9][0-9]{0,5})?\Z")] = ""
+    log_root: str = ""
+
+    def strings(self) -> dict[str, str]:
+        """The keys that are told, as actions take them."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value}
+
+
+class AutonomyRule(Struct, frozen=True, kw_only=True):
+    """Globs that must all match (fnmatch, case-sensitive), and the autonomy then granted. The first match counts."""
+
+    autonomy: Autonomy
+    action: Glob = "*"
+    service: Glob = "*"
+    alert: Glob = "*"
+    cause: Glob = "*"
+    tenant: Glob = "*"
+    environment: Glob = "*"
+
+
+class AutonomyPolicy(Struct, frozen=True, kw_only=True):
+    default: Autonomy = "suggest"
+    rules: tuple[AutonomyRule, ...] = ()
+
+
+class Storm(Struct, frozen=True, kw_only=True):
+    """More than `incidents` opened within `window_seconds`: everything is demoted to suggest until `cooldown_seconds`
+    have passed without exceeding it."""
+
+    incidents: Count = 10
+    window_seconds: Seconds = 300.0
+    cooldown_seconds: SecondsOrZero = 600.0
+
+
+class MaintenanceWindow(Struct, frozen=True, kw_only=True):
+    """No action starts in it. Absolute (`start`, `end`: RFC 3339) or weekly (`days`, `from_time`, `to_time`: UTC; an
+    end before the start means the next day)."""
+
+    name: str = ""
+    services: tuple[Glob, ...] = ("*",)
+    start: Annotated[str, kind("rfc3339")] = ""
+    end: Annotated[str, kind("rfc3339")] = ""
+    days: tuple[Weekday, ...] = ()
+    from_time: TimeOfDay | None = None
+    to_time: TimeOfDay | None = None
+
+
+class Protected(Struct, frozen=True, kw_only=True):
+    """What no action may touch, whatever else allows it. The agent itself, pid 1 and kernel threads always are."""
+
+    services: tuple[Glob, ...] = ()
+    processes: tuple[Glob, ...] = ()  # process names
+    users: tuple[Name, ...] = ()  # owners of processes
+    paths: tuple[Glob, ...] = ()
+
+
+class Guard(Struct, frozen=True, kw_only=True):
+    min_posterior: Fraction = 0.6
+    min_margin: Fraction = 0.2
+    cooldown_seconds: SecondsOrZero = 900.0  # between two plans on one target
+    actions_per_hour: Count = 10  # over everything
+    actions_per_target_per_hour: Count = 3
+    max_targets: Annotated[int, Meta(ge=1, le=100)] = 1  # blast radius: targets of one plan
+    max_services_at_once: Annotated[int, Meta(ge=1, le=100)] = 1  # services being acted on at one time
+    approval_ttl_seconds: Seconds = 1800.0
+    stale_evidence_seconds: Seconds = 300.0
+    storm: Storm = Storm()
+    maintenance: tuple[MaintenanceWindow, ...] = ()
+    protected: Protected = Protected()
+
+
+class Breaker(Struct, frozen=True, kw_only=True):
+    """Opens after `failures` within `window_seconds`; each further opening waits `backoff` times longer, up to the
+    maximum."""
+
+    failures: Annotated[int, Meta(ge=1, le=100)] = 2
+    window_seconds: Seconds = 3600.0
+    open_seconds: Seconds = 900.0
+    max_open_seconds: Seconds = 21_600.0
+    backoff: Annotated[float, Meta(ge=1, le=100)] = 2.0
+
+
+class Sandbox(Struct, frozen=True, kw_only=True):
+    protection: Protection = "automatic"
+    allow_unenforced_auto: bool = False
+    user: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]*\Z", max_length=64)] = ""
+    parent: str = ""  # cgroup v2 directory under which leaves are made; "": found by itself
+
+
+class Merge(Struct, frozen=True, kw_only=True):
+    window_seconds: SecondsOrZero = 300.0
+    reopen_seconds: SecondsOrZero = 900.0
+
+
+class Verify(Struct, frozen=True, kw_only=True):
+    deadline_seconds: Seconds = 300.0
+    poll_seconds: Seconds = 15.0
+    samples: Annotated[int, Meta(ge=1, le=1000)] = 3  # good samples in a row
+
+
+class Investigate(Struct, frozen=True, kw_only=True):
+    concurrency: Annotated[int, Meta(ge=1, le=256)] = 4
+    rounds: Annotated[int, Meta(ge=1, le=100)] = 3  # looks at the evidence while it is insufficient
+    round_seconds: Seconds = 30.0
+
+
+class Otlp(Struct, frozen=True, kw_only=True):
+    endpoint: Url = ""
+    timeout_seconds: Seconds = 5.0
+    max_spans: Annotated[int, Meta(ge=16, le=1_000_000)] = 2048  # that wait to be sent; more are dropped and counted
+
+
+class Log(Struct, frozen=True, kw_only=True):
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """Everything. `Config()` is what runs where nothing is configured."""
+
+    listen: Annotated[str, kind("hostport")] = "127.0.0.1:9095"
+    listen_tls: ListenTls = ListenTls()
+    state_dir: Path = msgspec.field(default_factory=default_state_dir)
+    environment: Annotated[str, Meta(max_length=128)] = ""
+    service_labels: tuple[LabelName, ...] = ("service", "job", "app")
+    auth: Auth = Auth()
+    intake: Intake = Intake()
+    journal: Journal = Journal()
+    prometheus: Prometheus = Prometheus()
+    alertmanager: Alertmanager = Alertmanager()
+    topology: Topology = Topology()
+    packs: Packs = Packs()
+    actions: Actions = Actions()
+    inventory: Mapping[Name, InventoryEntry] = {}
+    autonomy: AutonomyPolicy = AutonomyPolicy()
+    guard: Guard = Guard()
+    breaker: Breaker = Breaker()
+    sandbox: Sandbox = Sandbox()
+    merge: Merge = Merge()
+    verify: Verify = Verify()
+    investigate: Investigate = Investigate()
+    otlp: Otlp = Otlp()
+    log: Log = Log()
+
+    @property
+    def listen_host(self) -> str:
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def listen_port(self) -> int:
+        return int(self.listen.rpartition(":")[2])
+
+    @property
+    def control_socket(self) -> Path:
+        return self.state_dir / "control.sock"
+
+    @property
+    def inventory_strings(self) -> dict[str, dict[str, str]]:
+        return {service: entry.strings() for service, entry in self.inventory.items()}
+
+
+_ENVIRONMENT_PREFIX = "ALERTMEDIC_"
+# Not of the configuration: which file to read, and the crash tests' failpoints.
+_RESERVED = frozenset({"ALERTMEDIC_CONFIG", "ALERTMEDIC_FAILPOINT"})
+# Kubernetes and Docker links set these in every container beside a service called `alertmedic`.
+_SERVICE_LINK = re.compile(
+    r"ALERTMEDIC_(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_[0-9]+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)\Z"
+)
+
+
+def environment_variables() -> dict[str, str]:
+    """Every variable that is understood -> the dotted key it sets. Two underscores part a section from its key; where no
+    two keys would share the name, one underscore does too."""
+    names: dict[str, str] = {}
+    short: dict[str, list[str]] = {}
+    for path, _ in variables(Config):
+        names[_ENVIRONMENT_PREFIX + "__".join(path).upper()] = ".".join(path)
+        short.setdefault(_ENVIRONMENT_PREFIX + "_".join(path).upper(), []).append(".".join(path))
+    return names | {name: keys[0] for name, keys in short.items() if len(keys) == 1 and name not in names}
+
+
+def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """The configuration of `file` (none: $ALERTMEDIC_CONFIG, else defaults), overridden by `environ` (default: the
+    process'). Raises ConfigError with every fault, and for a file that cannot be read."""
+    env = os.environ if environ is None else environ
+    if file is None and env.get("ALERTMEDIC_CONFIG"):
+        file = Path(env["ALERTMEDIC_CONFIG"])
+    body = b""
+    document = Document()
+    if file is not None:
+        document = Document(str(file), file.absolute().parent)
+        try:
+            body = file.read_bytes()
+        except (OSError, ValueError) as error:
+            what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise ConfigError((Fault(str(file), 0, "", f"cannot read it: {what}", "check path and mode"),)) from error
+    return load_document(document, body, env)
+
+
+def load_document(document: Document, body: bytes, environ: Mapping[str, str]) -> Config:
+    """As `load`, of a text that is already there. Raises ConfigError."""
+    document.read(body)
+    _override(document, environ)
+    config = document.build(Config)
+    if config is not None:
+        check(config, document)
+        if not document.given("state_dir"):
+            config = msgspec.structs.replace(config, state_dir=default_state_dir(environ))
+    if config is None or document.faults:
+        raise ConfigError(tuple(sorted(document.faults, key=lambda f: (f.file != document.name, f.file, f.line))))
+    return config
+
+
+def _override(document: Document, environ: Mapping[str, str]) -> None:
+    known = environment_variables()
+    literals = {".".join(path): literal for path, literal in variables(Config)}
+    seen: dict[str, str] = {}
+    for name in sorted(environ):
+        if not name.startswith(_ENVIRONMENT_PREFIX) or name in _RESERVED or _SERVICE_LINK.match(name):
+            continue
+        key = known.get(name)
+        if key is None:
+            near = difflib.get_close_matches(name, list(known), 1, 0.6)
+            hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md for the names"
+            document.faults.append(Fault(name, 0, "", "unknown variable", hint))
+        elif key in seen:
+            document.faults.append(Fault(name, 0, key, f"{seen[key]} sets the same key", "keep one of them"))
+        else:
+            seen[key] = name
+            document.override(name, tuple(key.split(".")), environ[name], literal=literals[key], base=Path.cwd())
