@@ -1,7 +1,7 @@
 """The shapes of diagnosis: alerts, series, evidence, hypotheses, proposals.
 
-Everybody speaks these: `agent.sources` fills `Evidence`, `rules` turns a `Situation` into a `Diagnosis`, `agent` journals
-the `Diagnosis`, `actions` gets a `Proposal` as plain data. Nothing here reads a clock, a file or the network.
+Everybody speaks these: `agent.sources` fills `Evidence`, `rules` turns a `Situation` into a `Diagnosis`, `agent`
+journals the `Diagnosis`, `actions` gets a `Proposal` as plain data. Nothing here reads a clock, a file or the network.
 
 The shape of evidence is that of a recorded incident: a wide table whose columns are series named in Prometheus notation
 (`latency_p95_seconds{service="orders"}`), whose rows before the onset are the normal window and from the onset on the
@@ -68,15 +68,17 @@ class SeriesId:
     def __str__(self) -> str:
         if not self.labels:
             return self.metric
-        inner = ",".join(
-            '{}="{}"'.format(k, v.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")) for k, v in self.labels
-        )
+        inner = ",".join(f'{key}="{_escaped(value)}"' for key, value in self.labels)
         return f"{self.metric}{{{inner}}}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """Series aligned on one grid. `times`: (n,) ascending unix seconds; `values`: (len(ids), n) float64, NaN for gaps."""
+    """Series aligned on one grid. `times`: (n,) ascending unix seconds; `values`: (len(ids), n), NaN for gaps."""
 
     times: FloatArray
     ids: tuple[SeriesId, ...]
@@ -267,5 +269,5 @@ def merge_frames(frames: Iterable[Frame]) -> Frame:
 
 
 def as_params(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, ParamValue]:
-    """The named values that are plain (string, number, boolean); others are left out, so that a gate sees them absent."""
+    """The named values that are plain (string, number, boolean); others are left out: a gate sees them absent."""
     return {n: values[n] for n in names if isinstance(values.get(n), (str, int, float, bool))}

@@ -1,0 +1,104 @@
+"""Reads rule packs: the shipped ones and those of the configuration's directories. Called once at start and by
+`check-config`; what a pack means is decided in `rules.packs`, which reads no files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rules.packs import Fault, Pack, PackError, PackSet, parse_pack
+
+MAX_PACK_BYTES = 1 << 20
+
+
+class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
+    """Safe YAML that refuses a key given twice instead of keeping the last."""
+
+
+def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} comes twice (first in line {seen[key.value]})", key.start_mark
+                )
+            seen[key.value] = key.start_mark.line + 1
+    loader.flatten_mapping(node)
+    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> PackSet:
+    """The shipped packs and every `*.yaml` of `dirs`, without those named in `disable`.
+
+    Raises PackError with all faults of all files, each with file, line and key; OSError if a directory cannot be read.
+    """
+    sources: list[tuple[str, str]] = [
+        (f"rules/packs/{entry.name}", entry.read_text("utf-8"))
+        for entry in sorted(resources.files("rules").joinpath("packs").iterdir(), key=lambda e: e.name)
+        if entry.name.endswith(".yaml")
+    ]
+    for directory in dirs:
+        for path in sorted(directory.iterdir()):
+            if path.suffix == ".yaml":
+                if path.stat().st_size > MAX_PACK_BYTES:
+                    raise PackError(str(path), [Fault((), f"larger than {MAX_PACK_BYTES} bytes")])
+                sources.append((str(path), path.read_text("utf-8")))
+    packs: list[Pack] = []
+    faults: list[Fault] = []
+    for where, text in sources:
+        try:
+            pack = read_pack(text, where)
+        except PackError as error:
+            faults += [Fault((error.where, *f.path) if f.path else (error.where,), f.reason) for f in error.faults]
+            continue
+        if pack.pack not in disable:
+            packs.append(pack)
+    if faults:
+        raise PackError("packs", faults)
+    return PackSet.of(packs)
+
+
+def read_pack(text: str, where: str) -> Pack:
+    """One pack from YAML text. Raises PackError whose faults carry line numbers."""
+    try:
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 -- derives from SafeLoader
+        lines = _lines(yaml.compose(text, Loader=_Loader), ())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"line {mark.line + 1}: " if mark is not None else ""
+        raise PackError(where, [Fault((), f"{at}no valid YAML: {getattr(error, 'problem', None) or error}")]) from None
+    try:
+        return parse_pack(data, where)
+    except PackError as error:
+        located = [Fault(f.path, f"line {_line(lines, f.path)}: {f.reason}") for f in error.faults]
+        raise PackError(where, located) from None
+
+
+def _lines(node: yaml.Node | None, path: tuple[str | int, ...]) -> dict[tuple[str | int, ...], int]:
+    """Line of every key path of a document."""
+    if node is None:
+        return {path: 1}
+    found = {path: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, str(getattr(key, "value", "")))
+            found.update(_lines(value, inner))
+            found[inner] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            found.update(_lines(value, (*path, i)))
+    return found
+
+
+def _line(lines: dict[tuple[str | int, ...], int], path: tuple[str | int, ...]) -> int:
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, 1)

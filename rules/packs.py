@@ -1,0 +1,415 @@
+"""Rule packs as typed data: signals, evidence queries, evidence groups, causes, rules and proposals.
+
+`agent.packs` reads YAML and calls `parse_pack`; `rules.engine`, `rules.bayes` and `rules.diagnose` use the `PackSet`;
+`agent.sources` runs `PackSet.queries()`. A pack is checked completely before it is used: every fault is reported, each
+with the path of its key. Nothing here reads a file, and no text of a pack is ever evaluated: sentences substitute a
+fixed vocabulary, parameters are constants or references to a small set of named things.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+
+SignalKind = Literal["latency", "error_ratio", "rate", "saturation", "level", "count", "up", "age", "flag"]
+State = Literal["strong", "weak", "absent", "contrary", "silent"]
+At = Literal["self", "callers", "callees", "host", "inbound", "outbound", "entry"]
+Scalar = str | bool | int | float
+Condition = Scalar | list[Scalar] | dict[Literal[">=", ">", "<=", "<"], float]
+
+STATES: tuple[State, ...] = get_args(State)
+VOCABULARY = frozenset(
+    {"service", "entry", "path", "posterior", "evidence"}  # of the hypothesis
+    | {"pid", "process", "cpu_percent", "user", "subject"}  # of the fact that the cause points at
+    | {"flag", "peer", "queue", "mountpoint"}  # labels of the series that the cause points at
+)
+REFERENCE = re.compile(r"(candidate\.service|candidate\.entry|fact\.[a-z_]+|label\.[a-zA-Z_][a-zA-Z0-9_]*)")
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything in a pack: an unknown key is an error."""
+
+
+class EvidenceQuery(_Strict, frozen=True, kw_only=True):
+    """One question to a source. `query` may hold `$service` (label name), `$scope` (a complete matcher over the
+    services of the incident) and `$rate` (a duration); the source replaces them by validated, escaped text. Every
+    series of the answer becomes `name{service=...}` with its remaining labels kept."""
+
+    name: str
+    query: str
+    source: str = "prometheus"
+
+
+class Signal(_Strict, frozen=True, kw_only=True):
+    """What a canonical series means. `floor` is the smallest scale (in the signal's unit) by which a change is
+    measured: three floors are a weak change, six a strong one. `limit` is the value at which a saturation is bad in
+    itself. `peer` is the label naming the callee when the series describes calls. `silent` is what silence of a series
+    that used to speak counts as, provided its service still answers scrapes."""
+
+    kind: SignalKind
+    bad: Literal["up", "down", "both", "none"]
+    floor: float
+    group: str
+    title: str = ""
+    unit: Literal["", "s", "ratio", "bytes", "cores", "per_s", "timestamp"] = ""
+    limit: float | None = None
+    peer: str = ""
+    growth: bool = False  # a steady rise over the whole window counts, even when the baseline holds part of it
+    silent: Literal["missing", "absent", "weak", "strong", "silent"] = "missing"
+    implies: str = ""  # node kind of the service that has this signal, where the topology does not say
+
+
+class FactTest(_Strict, frozen=True, kw_only=True):
+    """How facts decide a group's state: the strongest matching fact does. An attribute that a fact lacks is false to an
+    equality with `false` and matches nothing else. Derived attributes: `service`, and for processes
+    `age_at_onset_seconds` (negative: started after the onset) and `shares_cpu` (may run on a CPU on which a service of
+    the incident is pinned)."""
+
+    kind: str
+    evidence: str  # the Evidence that brings such facts; if that is missing, so is the group
+    owner: Literal["candidate", "host"] = "candidate"  # facts of the service itself, or of the host it stands for
+    where: dict[str, Condition] = {}
+    strong: dict[str, Condition] | None = None
+    weak: dict[str, Condition] | None = None
+    prefer: str = ""  # numeric attribute; among equals the largest represents the group
+    none: Literal["absent", "missing"] = "missing"  # state when no fact matches `where`
+
+
+class Group(_Strict, frozen=True, kw_only=True):
+    """A decorrelated piece of evidence: the strongest of its signals (or facts) counts, once."""
+
+    title: str
+    symptom: bool = False  # at the entry service, all of these absent speaks against every cause
+    facts: FactTest | None = None
+
+
+class Likelihood(_Strict, frozen=True, kw_only=True):
+    """`states[state] = (P(state | cause), P(state | something else))` of group `group` looked at `at` the candidate
+    (itself, its callers, callees, host, the calls into it or out of it, the entry service). States that are not listed
+    and missing evidence contribute exactly 0."""
+
+    group: str
+    at: At = "self"
+    states: dict[State, tuple[float, float]]
+
+    @property
+    def column(self) -> str:
+        return self.group if self.at == "self" else f"{self.group}@{self.at}"
+
+
+class Reference(_Strict, frozen=True, kw_only=True):
+    """A parameter taken from the hypothesis: `candidate.service`, `fact.<attribute>`, `label.<label>`."""
+
+    source: str = msgspec.field(name="from")
+
+
+class ProposalTemplate(_Strict, frozen=True, kw_only=True):
+    """An action by name. `using` names the evidence column whose leading fact or series `fact.*` and `label.*` mean; a
+    reference that finds nothing withdraws the whole proposal."""
+
+    action: str
+    params: dict[str, Scalar | Reference] = {}
+    using: str = ""
+    reason: str = ""
+    runbook: str = ""
+    autonomy_cap: Literal["observe", "suggest", "approve", "auto"] = "auto"
+
+
+class Cause(_Strict, frozen=True, kw_only=True):
+    """A possible root cause of a node of one of `kinds`. `prior` is its odds against "something else" before any
+    evidence, at one service. No proposals: there is no safe remedy, so the incident is escalated."""
+
+    title: str
+    fault: str
+    kinds: tuple[str, ...]
+    prior: float
+    evidence: tuple[Likelihood, ...]
+    sentence: str
+    proposals: tuple[ProposalTemplate, ...] = ()
+    runbook: str = ""
+
+
+class Pattern(_Strict, frozen=True, kw_only=True):
+    """One condition of a rule. `where` maps a field to a constant, a list (any of), a comparison, or a variable `$x`;
+    equal variables join. Fields: finding(signal, group, service, peer, state, direction), edge(caller, callee),
+    node(service, kind), fact(kind, subject, service, attributes...). `state: bad` is strong or weak."""
+
+    match: Literal["finding", "edge", "node", "fact"]
+    where: dict[str, Condition]
+
+
+class Outcome(_Strict, frozen=True, kw_only=True):
+    """Exactly one of `support` and `prune`: a cause id; `service` is a variable or a name. `weight` is in nats."""
+
+    service: str
+    support: str = ""
+    prune: str = ""
+    weight: float = 0.7
+
+
+class Rule(_Strict, frozen=True, kw_only=True):
+    title: str
+    when: tuple[Pattern, ...]
+    then: Outcome
+
+
+class Pack(_Strict, frozen=True, kw_only=True):
+    """One file. Ids are keys, so that they cannot come twice."""
+
+    pack: str
+    version: int
+    description: str = ""
+    queries: dict[str, str] = {}
+    signals: dict[str, Signal] = {}
+    groups: dict[str, Group] = {}
+    causes: dict[str, Cause] = {}
+    rules: dict[str, Rule] = {}
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """One thing wrong with a pack. `path` are the keys down to it."""
+
+    path: tuple[str | int, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(str(p) for p in self.path) or '(top level)'}: {self.reason}"
+
+
+class PackError(ValueError):
+    """A pack (or the set of them) is refused; `faults` are all that was found."""
+
+    def __init__(self, where: str, faults: Iterable[Fault]) -> None:
+        self.where = where
+        self.faults = tuple(faults)
+        super().__init__("\n".join(f"{where}: {fault}" for fault in self.faults))
+
+
+def parse_pack(data: object, where: str) -> Pack:
+    """Plain data (as YAML gives it) to a checked pack. Raises PackError with every fault; `where` names the file."""
+    faults: list[Fault] = []
+    pack = _convert(Pack, data, (), faults)
+    if pack is not None and not faults:
+        assert isinstance(pack, Pack)
+        _check_pack(pack, faults)
+        if not faults:
+            return pack
+    raise PackError(where, faults)
+
+
+@dataclass(frozen=True)
+class PackSet:
+    """Packs that fit together. Build with `PackSet.of`."""
+
+    packs: tuple[Pack, ...]
+
+    @classmethod
+    def of(cls, packs: Iterable[Pack]) -> PackSet:
+        """Raises PackError when an id comes twice or a reference between packs leads nowhere."""
+        found = cls(tuple(sorted(packs, key=lambda p: p.pack)))
+        faults: list[Fault] = []
+        for table in ("queries", "signals", "groups", "causes", "rules"):
+            owner: dict[str, str] = {}
+            for pack in found.packs:
+                for name in getattr(pack, table):
+                    if name in owner:
+                        faults.append(Fault((pack.pack, table, name), f"already defined by pack {owner[name]}"))
+                    owner[name] = pack.pack
+        for pack in found.packs:
+            _check_references(pack, found, faults)
+        if faults:
+            raise PackError("packs", faults)
+        return found
+
+    def queries(self) -> tuple[EvidenceQuery, ...]:
+        """Every evidence query, by name."""
+        found = {name: text for pack in self.packs for name, text in pack.queries.items()}
+        return tuple(EvidenceQuery(name=name, query=found[name]) for name in sorted(found))
+
+    @cached_property
+    def signals(self) -> dict[str, Signal]:
+        return {n: s for p in self.packs for n, s in p.signals.items()}
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        return {n: g for p in self.packs for n, g in p.groups.items()}
+
+    @cached_property
+    def causes(self) -> dict[str, Cause]:
+        return {n: c for p in self.packs for n, c in sorted(p.causes.items())}
+
+    @cached_property
+    def rules(self) -> dict[str, Rule]:
+        return {n: r for p in self.packs for n, r in sorted(p.rules.items())}
+
+    @cached_property
+    def version(self) -> str:
+        return " ".join(f"{p.pack}/{p.version}" for p in self.packs)
+
+
+def _convert(kind: Any, data: object, path: tuple[str | int, ...], faults: list[Fault]) -> Any:
+    """`msgspec.convert`, but field by field, so that one fault does not hide the next."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return _convert_struct(kind, data, path, faults)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is dict and _holds_struct(args[1]):
+        if not isinstance(data, Mapping):
+            faults.append(Fault(path, f"expected a mapping, got {type(data).__name__}"))
+            return None
+        for key in data:
+            if not isinstance(key, str):
+                faults.append(Fault((*path, str(key)), "keys are strings"))
+        return {k: _convert(args[1], v, (*path, k), faults) for k, v in data.items() if isinstance(k, str)}
+    if origin is tuple and args[-1] is Ellipsis and _holds_struct(args[0]):
+        if not isinstance(data, list):
+            faults.append(Fault(path, f"expected a list, got {type(data).__name__}"))
+            return None
+        return tuple(_convert(args[0], v, (*path, i), faults) for i, v in enumerate(data))
+    if Reference in args and isinstance(data, Mapping):
+        return _convert_struct(Reference, data, path, faults)
+    if data is not None and type(None) in args and any(_holds_struct(a) for a in args):
+        return _convert(next(a for a in args if a is not type(None)), data, path, faults)
+    if Reference in args:
+        kind = Scalar
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        faults.append(Fault(path, str(error)))
+        return None
+
+
+def _holds_struct(kind: Any) -> bool:
+    return (isinstance(kind, type) and issubclass(kind, msgspec.Struct)) or Reference in get_args(kind)
+
+
+def _convert_struct(
+    kind: type[msgspec.Struct], data: object, path: tuple[str | int, ...], faults: list[Fault]
+) -> msgspec.Struct | None:
+    if not isinstance(data, Mapping):
+        faults.append(Fault(path, f"expected a mapping, got {type(data).__name__}"))
+        return None
+    fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
+    before = len(faults)
+    for key in data:
+        if key not in fields:
+            faults.append(Fault((*path, str(key)), f"unknown key; known here: {', '.join(sorted(fields))}"))
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in data:
+            values[field.name] = _convert(field.type, data[name], (*path, name), faults)
+        elif field.required:
+            faults.append(Fault((*path, name), "missing"))
+    return kind(**values) if len(faults) == before else None
+
+
+def _check_pack(pack: Pack, faults: list[Fault]) -> None:
+    for table in ("queries", "signals", "groups", "causes", "rules"):
+        for name in getattr(pack, table):
+            if not _NAME.fullmatch(name):
+                faults.append(Fault((table, name), "names are lower case words joined by _ and ."))
+    for name, text in pack.queries.items():
+        if "$scope" not in text:
+            faults.append(Fault(("queries", name), "lacks $scope: it would ask for every series of the server"))
+        for variable in set(re.findall(r"\$[a-zA-Z_]+", text)) - {"$scope", "$service", "$rate"}:
+            faults.append(Fault(("queries", name), f"unknown variable {variable}"))
+    for name, signal in pack.signals.items():
+        if not (math.isfinite(signal.floor) and signal.floor > 0):
+            faults.append(Fault(("signals", name, "floor"), "must be a positive number"))
+        if signal.kind == "saturation" and signal.limit is None:
+            faults.append(Fault(("signals", name, "limit"), "a saturation needs its limit"))
+    for name, cause in pack.causes.items():
+        _check_cause(cause, ("causes", name), faults)
+    for name, rule in pack.rules.items():
+        _check_rule(rule, ("rules", name), faults)
+
+
+def _check_cause(cause: Cause, path: tuple[str | int, ...], faults: list[Fault]) -> None:
+    if not 0 < cause.prior < 1:
+        faults.append(Fault((*path, "prior"), "must lie between 0 and 1"))
+    if not cause.kinds:
+        faults.append(Fault((*path, "kinds"), "names no node kind"))
+    for placeholder in _PLACEHOLDER.findall(cause.sentence):
+        if placeholder not in VOCABULARY:
+            known = ", ".join(sorted(VOCABULARY))
+            faults.append(Fault((*path, "sentence"), f"unknown word {{{placeholder}}}; known: {known}"))
+    columns: set[str] = set()
+    for i, line in enumerate(cause.evidence):
+        where = (*path, "evidence", i)
+        if line.column in columns:
+            faults.append(Fault(where, f"{line.column} comes twice"))
+        columns.add(line.column)
+        for j, given in enumerate(("the cause", "something else")):
+            total = sum(pair[j] for pair in line.states.values())
+            if total > 1.0 + 1e-9:
+                faults.append(Fault((*where, "states"), f"probabilities given {given} sum to {total:.3g}, over 1"))
+        for state, pair in line.states.items():
+            if not all(0 < p < 1 for p in pair):
+                faults.append(Fault((*where, "states", state), "probabilities lie strictly between 0 and 1"))
+    for i, proposal in enumerate(cause.proposals):
+        where = (*path, "proposals", i)
+        if proposal.using and proposal.using not in columns:
+            faults.append(Fault((*where, "using"), f"{proposal.using} is no evidence of this cause"))
+        for key, value in proposal.params.items():
+            if isinstance(value, Reference) and not REFERENCE.fullmatch(value.source):
+                faults.append(Fault((*where, "params", key, "from"), f"cannot refer to {value.source!r}"))
+            elif isinstance(value, Reference) and not value.source.startswith("candidate.") and not proposal.using:
+                faults.append(Fault((*where, "params", key, "from"), f"{value.source} needs `using`"))
+
+
+_FIELDS = {
+    "finding": {"signal", "group", "service", "peer", "state", "direction"},
+    "edge": {"caller", "callee"},
+    "node": {"service", "kind"},
+}
+
+
+def _check_rule(rule: Rule, path: tuple[str | int, ...], faults: list[Fault]) -> None:
+    if bool(rule.then.support) == bool(rule.then.prune):
+        faults.append(Fault((*path, "then"), "needs exactly one of support, prune"))
+    if not 0 < rule.then.weight <= 3:
+        faults.append(Fault((*path, "then", "weight"), "lies between 0 and 3 nats"))
+    if not rule.when:
+        faults.append(Fault((*path, "when"), "a rule without conditions would always fire"))
+    bound: set[str] = set()
+    for i, pattern in enumerate(rule.when):
+        known = _FIELDS.get(pattern.match)
+        for field, value in pattern.where.items():
+            if known is not None and field not in known:
+                faults.append(Fault((*path, "when", i, "where", field), f"a {pattern.match} has {sorted(known)}"))
+            if isinstance(value, str) and value.startswith("$"):
+                bound.add(value)
+        if pattern.match == "fact" and not isinstance(pattern.where.get("kind"), str):
+            faults.append(Fault((*path, "when", i, "where", "kind"), "missing"))
+    if rule.then.service.startswith("$") and rule.then.service not in bound:
+        faults.append(Fault((*path, "then", "service"), f"{rule.then.service} is bound by no condition"))
+
+
+def _check_references(pack: Pack, known: PackSet, faults: list[Fault]) -> None:
+    for name, signal in pack.signals.items():
+        if signal.group not in known.groups:
+            faults.append(Fault((pack.pack, "signals", name, "group"), f"unknown group {signal.group}"))
+    for name in pack.queries:
+        if name not in known.signals:
+            faults.append(Fault((pack.pack, "queries", name), "no signal says what this series means"))
+    for name, cause in pack.causes.items():
+        for i, line in enumerate(cause.evidence):
+            if line.group not in known.groups:
+                faults.append(Fault((pack.pack, "causes", name, "evidence", i, "group"), f"unknown group {line.group}"))
+    for name, rule in pack.rules.items():
+        target = rule.then.support or rule.then.prune
+        if target not in known.causes:
+            faults.append(Fault((pack.pack, "rules", name, "then"), f"unknown cause {target}"))
+        for i, pattern in enumerate(rule.when):
+            value = pattern.where.get("signal") if pattern.match == "finding" else None
+            for signal_name in value if isinstance(value, list) else [value]:
+                if isinstance(signal_name, str) and signal_name[:1] != "$" and signal_name not in known.signals:
+                    path = (pack.pack, "rules", name, "when", i, "where", "signal")
+                    faults.append(Fault(path, f"unknown signal {signal_name}"))
