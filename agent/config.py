@@ -353,8 +353,8 @@ _SERVICE_LINK = re.compile(
 
 
 def environment_variables() -> dict[str, str]:
-    """Every variable that is understood -> the dotted key it sets. Two underscores part a section from its key; where no
-    two keys would share the name, one underscore does too."""
+    """Every variable that is understood -> the dotted key it sets. Two underscores part a section from its key; where
+    no two keys would share the name, one underscore does too."""
     names: dict[str, str] = {}
     short: dict[str, list[str]] = {}
     for path, _ in variables(Config):

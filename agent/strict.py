@@ -85,6 +85,15 @@ class _Node:
         return self.plain and isinstance(self.value, str) and self.value in _NULLS
 
 
+@dataclass(slots=True)
+class _Open:
+    """A collection whose end has not been met, and its key that waits for a value."""
+
+    node: _Node
+    path: str
+    key: _Node | None = None
+
+
 class Document:
     """Collects faults while a document is read, overridden by the environment and built, once."""
 
@@ -154,7 +163,7 @@ class Document:
 
     def _compose(self, events: Iterator[Any], file: str, base: Path) -> _Node | None:
         """Builds the tree without recursion, so that no document can exhaust the stack."""
-        stack: list[tuple[_Node, list[_Node]]] = []  # open collections, and the key that waits for its value
+        stack: list[_Open] = []
         root: _Node | None = None
         documents = 0
         for event in events:
@@ -171,12 +180,13 @@ class Document:
             if not isinstance(event, yaml.NodeEvent):
                 continue
             node = self._node(event, file, line, base)
-            if not stack:
-                root = node
+            path = ""
+            if stack:
+                path = self._put(stack[-1], node)
             else:
-                self._put(stack[-1], node)
-            if isinstance(node.value, dict | list) and not isinstance(event, yaml.AliasEvent):
-                stack.append((node, []))
+                root = node
+            if isinstance(node.value, dict | list):
+                stack.append(_Open(node, path))
                 if len(stack) > MAX_DEPTH:
                     self.faults.append(Fault(file, line, "", f"nested deeper than {MAX_DEPTH}", "no key needs that"))
                     return root
@@ -194,23 +204,28 @@ class Document:
             return _Node(file, line, event.value, plain=event.style in (None, "") and event.tag is None, base=base)
         return _Node(file, line, _empty_like(event), base=base)
 
-    def _put(self, top: tuple[_Node, list[_Node]], node: _Node) -> None:
-        parent, waiting = top
+    def _put(self, top: _Open, node: _Node) -> str:
+        """Puts the node into the open collection, as key or value, and gives its path."""
+        parent = top.node
         if isinstance(parent.value, list):
             parent.value.append(node)
-        elif isinstance(parent.value, dict):
-            if not waiting:
-                waiting.append(node)
-                return
-            key = waiting.pop()
-            if not isinstance(key.value, str):
-                self._add(key, "", "a key that is no plain word", "keys are words")
-            elif key.value in parent.value:
-                first = parent.value[key.value].line
-                self._add(key, key.value, "duplicate key", f"it is already set in line {first}: keep one of them")
-            else:
-                node.line = node.line if isinstance(node.value, str) else key.line
-                parent.value[key.value] = node
+            return f"{top.path}[{len(parent.value) - 1}]"
+        assert isinstance(parent.value, dict)
+        if top.key is None:
+            top.key = node
+            return top.path
+        key, top.key = top.key, None
+        if not isinstance(key.value, str):
+            self._add(key, top.path, "a key that is no plain word", "keys are words")
+            return top.path
+        path = _join(top.path, key.value)
+        if key.value in parent.value:
+            first = parent.value[key.value].line
+            self._add(key, path, "duplicate key", f"it is already set in line {first}: keep one of them")
+        else:
+            node.line = node.line if isinstance(node.value, str) else key.line
+            parent.value[key.value] = node
+        return path
 
     # -- nodes to structs -----------------------------------------------------------------------------------------
 
@@ -331,8 +346,7 @@ def variables(struct: type[msgspec.Struct], path: tuple[str, ...] = ()) -> Itera
 
 
 def _events(body: bytes) -> Iterator[Any]:
-    parse: Callable[..., Iterator[Any]] = yaml.parse
-    return parse(body, Loader=yaml.CSafeLoader)
+    return typing.cast(Iterator[Any], yaml.parse(body, Loader=yaml.CSafeLoader))  # type: ignore[no-untyped-call]
 
 
 def _empty_like(event: Any) -> str | list[_Node] | dict[str, _Node]:
