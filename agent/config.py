@@ -23,7 +23,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from actions.model import Autonomy
+from actions import policy
+from actions.breaker import BreakerPolicy
 from agent.config_checks import check
 from agent.strict import ConfigError, Document, Fault, kind, variables
 from agent.strict_kinds import Secret
@@ -42,11 +43,11 @@ Url = Annotated[str, kind("url")]
 Glob = Annotated[str, Meta(min_length=1, max_length=256), kind("glob")]
 LabelName = Annotated[str, Meta(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*\Z", max_length=128)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Tenant = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9._-]{1,64}\Z")]
 HeaderName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9-]*\Z", max_length=128)]
 File = Annotated[Path, kind("file")]
 Directory = Annotated[Path, kind("directory")]
 TimeOfDay = Annotated[str, Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]\Z")]
-Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 Scope = Literal["webhook", "read", "approve"]
 ServiceKind = Literal["http", "worker", "postgres", "host", "external"]
 
@@ -62,6 +63,7 @@ def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
 
 
 class BearerToken(Struct, frozen=True, kw_only=True):
+    name: Name  # who it is, in the journal
     token_file: Secret
     tenants: tuple[Glob, ...] = ("*",)
     scopes: tuple[Scope, ...] = ("webhook", "read")
@@ -75,8 +77,8 @@ class BasicUser(Struct, frozen=True, kw_only=True):
 
 
 class Auth(Struct, frozen=True, kw_only=True):
-    """Who may call the HTTP port. Nobody configured: everybody may post and read, nobody may approve there (the control
-    socket in the state directory stays: whoever can open that file is the operator)."""
+    """Who may call the HTTP port. Nobody configured: this machine may post and read, nobody may approve there (the
+    control socket in the state directory stays: whoever can open that file is the operator)."""
 
     bearer: tuple[BearerToken, ...] = ()
     basic: tuple[BasicUser, ...] = ()
@@ -131,7 +133,8 @@ class Prometheus(Struct, frozen=True, kw_only=True):
     bearer_token_file: Secret | None = None
     basic: BasicAuth | None = None
     tls: ClientTls = ClientTls()
-    tenant_header: HeaderName = ""
+    tenant_header: Tenant = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9._-]{1,64}\Z")]
+HeaderName = ""
     tenant: str = ""  # "": the tenant of the alert
 
     @property
@@ -143,7 +146,7 @@ class Alertmanager(Struct, frozen=True, kw_only=True):
     url: Url = ""
     timeout_seconds: Seconds = 10.0
     reconcile: bool = True  # on start, ask which alerts fire (only with a url)
-    tenant: Name = "default"  # the tenant that reconciled alerts belong to
+    tenant: Tenant = "default"  # the tenant that reconciled alerts belong to
     bearer_token_file: Secret | None = None
     basic: BasicAuth | None = None
     tls: ClientTls = ClientTls()
@@ -190,10 +193,9 @@ class InventoryEntry(Struct, frozen=True, kw_only=True):
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value}
 
 
-class AutonomyRule(Struct, frozen=True, kw_only=True):
+class AutonomyRule(policy.AutonomyRule, frozen=True, kw_only=True):
     """Globs that must all match (fnmatch, case-sensitive), and the autonomy then granted. The first match counts."""
 
-    autonomy: Autonomy
     action: Glob = "*"
     service: Glob = "*"
     alert: Glob = "*"
@@ -202,66 +204,49 @@ class AutonomyRule(Struct, frozen=True, kw_only=True):
     environment: Glob = "*"
 
 
-class AutonomyPolicy(Struct, frozen=True, kw_only=True):
-    default: Autonomy = "suggest"
+class AutonomyPolicy(policy.AutonomyPolicy, frozen=True, kw_only=True):
     rules: tuple[AutonomyRule, ...] = ()
 
 
-class Storm(Struct, frozen=True, kw_only=True):
-    """More than `incidents` opened within `window_seconds`: everything is demoted to suggest until `cooldown_seconds`
-    have passed without exceeding it."""
-
-    incidents: Count = 10
-    window_seconds: Seconds = 300.0
-    cooldown_seconds: SecondsOrZero = 600.0
-
-
-class MaintenanceWindow(Struct, frozen=True, kw_only=True):
+class MaintenanceWindow(policy.MaintenanceWindow, frozen=True, kw_only=True):
     """No action starts in it. Absolute (`start`, `end`: RFC 3339) or weekly (`days`, `from_time`, `to_time`: UTC; an
     end before the start means the next day)."""
 
-    name: str = ""
     services: tuple[Glob, ...] = ("*",)
     start: Annotated[str, kind("rfc3339")] = ""
     end: Annotated[str, kind("rfc3339")] = ""
-    days: tuple[Weekday, ...] = ()
     from_time: TimeOfDay | None = None
     to_time: TimeOfDay | None = None
 
 
-class Protected(Struct, frozen=True, kw_only=True):
-    """What no action may touch, whatever else allows it. The agent itself, pid 1 and kernel threads always are."""
+class Protected(policy.ProtectedPolicy, frozen=True, kw_only=True):
+    """What no action may touch, whatever else allows it. The agent, pid 1, kernel threads and supervisors always are."""
 
     services: tuple[Glob, ...] = ()
-    processes: tuple[Glob, ...] = ()  # process names
-    users: tuple[Name, ...] = ()  # owners of processes
+    targets: tuple[Glob, ...] = ()
+    processes: tuple[Glob, ...] = ()
+    users: tuple[Glob, ...] = ()
     paths: tuple[Glob, ...] = ()
 
 
 class Guard(Struct, frozen=True, kw_only=True):
+    """`actions.policy.GuardPolicy` without what has a section of its own; a test compares names and defaults."""
+
     min_posterior: Fraction = 0.6
     min_margin: Fraction = 0.2
-    cooldown_seconds: SecondsOrZero = 900.0  # between two plans on one target
-    actions_per_hour: Count = 10  # over everything
-    actions_per_target_per_hour: Count = 3
-    max_targets: Annotated[int, Meta(ge=1, le=100)] = 1  # blast radius: targets of one plan
-    max_services_at_once: Annotated[int, Meta(ge=1, le=100)] = 1  # services being acted on at one time
-    approval_ttl_seconds: Seconds = 1800.0
     stale_evidence_seconds: Seconds = 300.0
-    storm: Storm = Storm()
+    cooldown_seconds: SecondsOrZero = 900.0  # between two plans of one action on one target
+    actions_per_hour: Count = 10  # over everything
+    actions_per_action_per_hour: Count = 6
+    actions_per_target_per_hour: Count = 3
+    max_targets: Count = 1  # of one plan; the action's own bound counts too
+    max_services_at_once: Count = 1
+    max_actions_per_service: Count = 1
+    max_actions_per_group: Count = 1
+    approval_ttl_seconds: Seconds = 1800.0
+    storm: policy.StormPolicy = policy.StormPolicy()
     maintenance: tuple[MaintenanceWindow, ...] = ()
     protected: Protected = Protected()
-
-
-class Breaker(Struct, frozen=True, kw_only=True):
-    """Opens after `failures` within `window_seconds`; each further opening waits `backoff` times longer, up to the
-    maximum."""
-
-    failures: Annotated[int, Meta(ge=1, le=100)] = 2
-    window_seconds: Seconds = 3600.0
-    open_seconds: Seconds = 900.0
-    max_open_seconds: Seconds = 21_600.0
-    backoff: Annotated[float, Meta(ge=1, le=100)] = 2.0
 
 
 class Sandbox(Struct, frozen=True, kw_only=True):
@@ -318,7 +303,7 @@ class Config(Struct, frozen=True, kw_only=True):
     inventory: Mapping[Name, InventoryEntry] = {}
     autonomy: AutonomyPolicy = AutonomyPolicy()
     guard: Guard = Guard()
-    breaker: Breaker = Breaker()
+    breaker: BreakerPolicy = BreakerPolicy()
     sandbox: Sandbox = Sandbox()
     merge: Merge = Merge()
     verify: Verify = Verify()
@@ -337,6 +322,18 @@ class Config(Struct, frozen=True, kw_only=True):
     @property
     def control_socket(self) -> Path:
         return self.state_dir / "control.sock"
+
+    @property
+    def guard_policy(self) -> policy.GuardPolicy:
+        """What `actions.guard` takes: the guard's section together with autonomy, breaker and sandbox."""
+        own = {name: getattr(self.guard, name) for name in self.guard.__struct_fields__}
+        return policy.GuardPolicy(
+            autonomy=self.autonomy,
+            breaker=self.breaker,
+            protection=self.sandbox.protection,
+            allow_unenforced_auto=self.sandbox.allow_unenforced_auto,
+            **own,
+        )
 
     @property
     def inventory_strings(self) -> dict[str, dict[str, str]]:

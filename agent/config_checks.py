@@ -82,6 +82,7 @@ def _listening(config: Config, document: Document) -> None:
             document.fault(
                 f"auth.basic[{i}].name", "a user name with a colon", "basic auth parts name and password by it"
             )
+    _unique([t.name for t in config.auth.bearer], "auth.bearer[{}].name", "token", document)
     _unique([t.token_file.value for t in config.auth.bearer], "auth.bearer[{}].token_file", "", document)
     if config.intake.max_body_bytes > config.intake.max_bytes_in_flight:
         hint = f"max_body_bytes is {config.intake.max_body_bytes}"

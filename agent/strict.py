@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import re
 import types
 import typing
@@ -346,7 +347,7 @@ def variables(struct: type[msgspec.Struct], path: tuple[str, ...] = ()) -> Itera
 
 
 def _events(body: bytes) -> Iterator[Any]:
-    return typing.cast(Iterator[Any], yaml.parse(body, Loader=yaml.CSafeLoader))  # type: ignore[no-untyped-call]
+    return typing.cast(Iterator[Any], yaml.parse(body, Loader=yaml.CSafeLoader))
 
 
 def _empty_like(event: Any) -> str | list[_Node] | dict[str, _Node]:
@@ -434,10 +435,10 @@ def _outside(value: Any, meta: msgspec.Meta) -> tuple[str, str] | None:
     """What the constraint says against the value, as (what, hint)."""
     shown = _quote(value) if isinstance(value, str) else str(value)
     for bound, broken, word in (
-        (meta.ge, lambda v, b: v < b, "at least"),
-        (meta.gt, lambda v, b: v <= b, "more than"),
-        (meta.le, lambda v, b: v > b, "at most"),
-        (meta.lt, lambda v, b: v >= b, "less than"),
+        (meta.ge, operator.lt, "at least"),
+        (meta.gt, operator.le, "more than"),
+        (meta.le, operator.gt, "at most"),
+        (meta.lt, operator.ge, "less than"),
     ):
         if bound is not None and broken(value, bound):
             return f"{shown} is out of range", f"it must be {word} {bound}"
