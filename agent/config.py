@@ -133,8 +133,7 @@ class Prometheus(Struct, frozen=True, kw_only=True):
     bearer_token_file: Secret | None = None
     basic: BasicAuth | None = None
     tls: ClientTls = ClientTls()
-    tenant_header: Tenant = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9._-]{1,64}\Z")]
-HeaderName = ""
+    tenant_header: HeaderName = ""
     tenant: str = ""  # "": the tenant of the alert
 
     @property
@@ -220,7 +219,7 @@ class MaintenanceWindow(policy.MaintenanceWindow, frozen=True, kw_only=True):
 
 
 class Protected(policy.ProtectedPolicy, frozen=True, kw_only=True):
-    """What no action may touch, whatever else allows it. The agent, pid 1, kernel threads and supervisors always are."""
+    """What no action may touch, whatever else allows it (as the agent, pid 1, kernel threads and supervisors)."""
 
     services: tuple[Glob, ...] = ()
     targets: tuple[Glob, ...] = ()

@@ -2,8 +2,8 @@
 
 `agent.app` calls `configure` once; `agent.investigate` sets `incident` around an incident's task, so that every line
 written inside names it. Everybody else uses `logging` as usual. Log lines carry text that attackers can write (labels,
-command output), so control characters are escaped: one record is one line, and no terminal obeys it. Never logs secrets;
-what is given to it is printed.
+command output), so control characters are escaped: one record is one line, and no terminal obeys it. It knows no
+secrets: what is given to it is printed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def incident(incident_id: str) -> Iterator[None]:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """The text with every character that a terminal could obey, reorder or hide written as an escape. `lines` keeps line
-    ends and tabs."""
+    """The text with every character that a terminal could obey, reorder or hide written as an escape. `lines` keeps
+    line ends and tabs."""
     if text.isprintable():
         return text
     keep = "\n\t" if lines else ""

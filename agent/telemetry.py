@@ -1,7 +1,7 @@
 """What the agent says of itself: metrics, and through `agent.tracing` the spans of its stages.
 
 One `Telemetry` is built by `agent.app` and passed to whoever has something to count; `agent.http` serves `render()`.
-There are no globals, so two agents in one process (a test) do not mix. Every label has a bounded set of values: what comes
+There are no globals, so two agents in one process do not mix. Every label has a bounded set of values: what comes
 from outside (tenants, sources) is counted under `other` beyond a bound. It never decides anything, never blocks on a
 collector, and never carries the text of a label or an alert.
 

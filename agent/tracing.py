@@ -1,8 +1,8 @@
 """One OpenTelemetry trace an incident, across restarts.
 
 Built by `agent.app`, used through `agent.telemetry`. An incident outlives processes and a span lives in one, so ids
-are derived: the trace id is that of the incoming `traceparent`, or a digest of the incident's id, and the root span's id
-is a digest of the incident's id. Children name that root from the first second on, before and after a restart; the root
+are derived: the trace id is that of the incoming `traceparent`, or a digest of the incident's id, and so is the root
+span's id. Children name that root from the first second on, before and after a restart; the root
 itself is written when the incident ends. The SDK costs 1.3 MB and 15 ms on top of what the service imports anyway
 (CPython 3.11), the OTLP exporter 3 MB and 30 ms, so only the exporter is imported late.
 
@@ -128,7 +128,7 @@ class Tracing:
         return format_traceparent(now if now.is_valid and now.trace_id == root.trace_id else root)
 
     def close(self, deadline_seconds: float) -> None:
-        """Sends what waits, for at most about `deadline_seconds`; the rest is dropped. Blocking: call it off the loop."""
+        """Sends what waits, for at most about `deadline_seconds`; the rest is lost. Blocks: call it off the loop."""
         # A thread of its own, since an exporter in the middle of a request heeds no deadline of ours.
         closing = threading.Thread(target=self._provider.shutdown, name="tracing-close", daemon=True)
         closing.start()
