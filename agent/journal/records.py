@@ -14,6 +14,20 @@ from actions.model import BreakerMoved, Plan, Refusal, StepMoved
 from rules.model import Alert, Diagnosis
 
 
+class FoldPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the fold merges and forgets. Travels in `AgentStarted`, because a fold that depended on today's configuration
+    would make other incidents out of yesterday's records. Durations in seconds."""
+
+    merge_seconds: float = 300.0  # since the incident's last alert
+    reopen_seconds: float = 900.0  # since the incident was closed
+    service_label: str = "service"
+    neighbours: tuple[tuple[str, str], ...] = ()  # services whose alerts belong together (topology edges, either way)
+    digest_seconds: float = 7 * 86400.0  # how long an alert's current state is remembered after its last change
+    digests: int = 100_000  # at most; the oldest are forgotten first
+    closed_seconds: float = 30 * 86400.0  # how long closed incidents stay
+    closed: int = 2_000  # at most
+
+
 class AlertsReceived(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="alerts_received"):
     """The new alerts of one webhook (re-sends are not recorded). One record a request, so it is all or nothing."""
 
@@ -48,6 +62,7 @@ class IncidentMoved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     after: str
     reason: str = ""
     refusal: Refusal | None = None  # with after = declined, suggested or escalated
+    seen: int = 0  # newest sequence number applied when this was written (the store fills it in); 0: not told
 
 
 class Diagnosed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="diagnosed"):
@@ -107,6 +122,7 @@ class AgentStarted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     pid: int
     sandbox: str
     autonomy: str
+    policy: FoldPolicy | None = None  # from here on; None: as before
 
 
 class PauseSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="pause_set"):
