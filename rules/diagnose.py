@@ -1,15 +1,296 @@
 """From a frozen situation to a ranked, explained diagnosis: the one function `agent.investigate` calls.
 
-Features, rules and Bayes in sequence; pure and deterministic: the same situation gives the same bytes.
+Features, rules and Bayes in sequence; pure and deterministic: the same situation gives the same bytes, whatever the
+order of its series, facts and edges, and the same ranking whatever the services are called.
 """
 
 from __future__ import annotations
 
-from rules.model import Diagnosis, Situation
-from rules.packs import PackSet
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Model, combined_confidence, posteriors
+from rules.engine import Matcher, graph_of, records_of
+from rules.evidence import NOTHING, Observation, Observer, clean, describe, describe_fact
+from rules.features import findings_of
+from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
+from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
+
+CLEAR_POSTERIOR = 0.5  # more likely than everything else together
+CLEAR_MARGIN = 0.15
+TOP = 3
+_WORD = re.compile(r"\{([a-z_]+)\}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """A (service, cause) that is weighed. `log_odds` is against the background: the sum of all contributions."""
+
+    cause: str
+    service: str
+    path: tuple[str, ...]
+    rules: tuple[str, ...]
+    log_odds: float
+    posterior: float
+    parts: FloatArray  # log ratios by column of the model
 
 
 def diagnose(situation: Situation, packs: PackSet) -> Diagnosis:
     """The three best explained root causes, or `insufficient_evidence` when none stands clear. Never raises on data:
     NaN, empty, constant or duplicate series and missing evidence are all situations."""
-    raise NotImplementedError
+    observer = observe(situation, packs)
+    ranked = weigh(observer)
+    clear = bool(ranked) and ranked[0].posterior >= CLEAR_POSTERIOR
+    if clear and len(ranked) > 1:
+        clear = ranked[0].posterior - ranked[1].posterior >= CLEAR_MARGIN
+    hypotheses = tuple(_hypothesis(c, observer, propose=clear) for c in ranked[:TOP])
+    missing = {name: clean(reason, 300) for name, reason in sorted(situation.missing().items())}
+    return Diagnosis(
+        verdict="ranked" if clear else "insufficient_evidence",
+        hypotheses=hypotheses,
+        candidates=len(ranked),
+        missing=missing,
+        sentence=_sentence(clear, hypotheses, missing),
+        version=packs.version,
+    )
+
+
+def observe(situation: Situation, packs: PackSet) -> Observer:
+    """Findings and call graph of a situation, ready to be asked about any node."""
+    findings = findings_of(situation, packs)
+    return Observer(situation, packs, findings, graph_of(situation, packs, findings))
+
+
+def weigh(observer: Observer) -> tuple[Candidate, ...]:
+    """Every candidate that something speaks for, best first.
+
+    A candidate is a cause that fits the kind of a node on a path from the entry service, was not pruned by a rule, and
+    has at least one group or rule for it; what nothing speaks for stays with the background. Of equals the deeper comes
+    first (symptoms travel towards the caller), then what rests on the larger changes; names decide last.
+    """
+    packs, graph = observer.packs, observer.graph
+    model, matcher = compiled(packs)
+    supports, pruned = _fire(observer, matcher)
+    pairs = [
+        (service, row)
+        for service in graph.paths
+        for row, cause in enumerate(model.causes)
+        if graph.kind(service) in packs.causes[cause].kinds and (service, cause) not in pruned
+    ]
+    if not pairs:
+        return ()
+    rows = [row for _, row in pairs]
+    parts = model.contributions(rows, _states(observer, model, pairs))
+    boosts = np.array([_boost(packs, supports.get((s, model.causes[r]), ())) for s, r in pairs])
+    symptom = SYMPTOM_ABSENT if observer.symptom().state == "absent" else 0.0
+    log_odds = model.prior[rows] + symptom + boosts + parts.sum(axis=1)
+    chosen = np.flatnonzero((parts > 0).any(axis=1) | (boosts > 0))
+    weights = posteriors(log_odds[chosen])
+    candidates: list[Candidate] = []
+    for i, posterior in zip(chosen.tolist(), weights.tolist(), strict=True):
+        service, row = pairs[i]
+        fired = supports.get((service, model.causes[row]), ())
+        candidates.append(
+            Candidate(
+                cause=model.causes[row],
+                service=service,
+                path=graph.paths[service],
+                rules=fired,
+                log_odds=float(log_odds[i]),
+                posterior=posterior,
+                parts=parts[i],
+            )
+        )
+    changes = {s: sum(f.z for f in observer.findings if f.service == s and f.bad) for s in graph.paths}
+    return tuple(
+        sorted(candidates, key=lambda c: (-round(c.log_odds, 9), -len(c.path), c.cause, -changes[c.service], c.service))
+    )
+
+
+@lru_cache(maxsize=4)
+def compiled(packs: PackSet) -> tuple[Model, Matcher]:
+    """Log-odds matrix and matcher of a pack set."""
+    return Model.compile(packs.causes), Matcher(packs.rules)
+
+
+def contributions_of(candidate: Candidate, observer: Observer) -> tuple[Contribution, ...]:
+    """Everything that makes up a candidate's log-odds, largest first; what is missing is listed with exactly 0."""
+    packs = observer.packs
+    model, _ = compiled(packs)
+    cause = packs.causes[candidate.cause]
+    column = {c: j for j, c in enumerate(model.columns)}
+    found = [
+        _contribution(line, observer.observe(candidate.service, line.group, line.at), observer, value)
+        for line in cause.evidence
+        for value in (float(candidate.parts[column[line.group, line.at]]),)
+    ]
+    if candidate.rules:
+        titles = "; ".join(packs.rules[r].title for r in candidate.rules)
+        boost = _boost(packs, candidate.rules)
+        found.append(Contribution(evidence="rules", state="fired", log_odds=boost, text=titles))
+    if observer.symptom().state == "absent":
+        text = f"nothing is wrong at {observer.graph.entry} itself"
+        found.append(Contribution(evidence="symptom", state="absent", log_odds=SYMPTOM_ABSENT, text=text))
+    found.sort(key=lambda c: (-abs(c.log_odds), c.evidence))
+    prior = float(model.prior[model.causes.index(candidate.cause)])
+    text = "how often this is the cause, before any evidence"
+    return (*found, Contribution(evidence="prior", state="prior", log_odds=prior, text=text))
+
+
+def _fire(observer: Observer, matcher: Matcher) -> tuple[dict[tuple[str, str], tuple[str, ...]], set[tuple[str, str]]]:
+    """Rules that support each (service, cause), and the pairs that rules exclude."""
+    packs = observer.packs
+    supports: dict[tuple[str, str], set[str]] = {}
+    pruned: set[tuple[str, str]] = set()
+    for fired in matcher.match(records_of(observer.graph, observer.findings, observer.facts())):
+        then = packs.rules[fired.rule].then
+        service = fired.value(then.service) if then.service.startswith("$") else then.service
+        if not isinstance(service, str):
+            continue
+        if then.prune:
+            pruned.add((service, then.prune))
+        else:
+            supports.setdefault((service, then.support), set()).add(fired.rule)
+    return {key: tuple(sorted(names)) for key, names in supports.items()}, pruned
+
+
+def _states(
+    observer: Observer, model: Model, pairs: list[tuple[str, int]]
+) -> np.ndarray[tuple[int, int], np.dtype[np.intp]]:
+    states = np.full((len(pairs), len(model.columns)), MISSING, dtype=np.intp)
+    column = {c: j for j, c in enumerate(model.columns)}
+    for i, (service, row) in enumerate(pairs):
+        for line in observer.packs.causes[model.causes[row]].evidence:
+            state = observer.observe(service, line.group, line.at).state
+            states[i, column[line.group, line.at]] = STATE_INDEX[state]
+    return states
+
+
+def _boost(packs: PackSet, rules: tuple[str, ...]) -> float:
+    """The largest weight, not the sum: rules for the same cause look at the same trouble."""
+    return min(max((packs.rules[r].then.weight for r in rules), default=0.0), MAX_RULE_NATS)
+
+
+def _contribution(line: Likelihood, seen: Observation, observer: Observer, value: float) -> Contribution:
+    title = observer.packs.groups[line.group].title
+    if seen.state is None:
+        return Contribution(evidence=line.column, state="missing", log_odds=value, text=f"{title}: no data")
+    told = [describe(f, observer.packs.signals[f.signal]) for f in seen.findings[:2]]
+    told += [describe_fact(f) for f in seen.facts[:2]]
+    return Contribution(
+        evidence=line.column,
+        state=seen.state,
+        log_odds=value,
+        text=f"{title}: {'; '.join(told) or 'none'}",
+        series=tuple(str(f.series) for f in seen.findings),
+    )
+
+
+def _hypothesis(candidate: Candidate, observer: Observer, propose: bool) -> Hypothesis:
+    cause = observer.packs.causes[candidate.cause]
+    contributions = contributions_of(candidate, observer)
+    words = _words(candidate, cause, observer, contributions)
+    proposals = [_proposal(t, cause, candidate, observer, words) for t in cause.proposals] if propose else []
+    return Hypothesis(
+        cause=candidate.cause,
+        service=candidate.service,
+        fault=cause.fault,
+        title=cause.title,
+        posterior=candidate.posterior,
+        confidence=combined_confidence(candidate.posterior, len(candidate.rules)),
+        path=candidate.path,
+        rules=candidate.rules,
+        contributions=contributions,
+        proposals=tuple(p for p in proposals if p is not None),
+        sentence=_filled(cause.sentence, words),
+    )
+
+
+def _words(
+    candidate: Candidate, cause: Cause, observer: Observer, contributions: tuple[Contribution, ...]
+) -> dict[str, str]:
+    """The vocabulary of sentences, from the hypothesis and the leading bad fact and series of its evidence."""
+    words = {
+        "service": candidate.service,
+        "entry": observer.graph.entry or "the alert",
+        "path": " -> ".join(candidate.path),
+        "posterior": f"{candidate.posterior * 100:.0f} %",
+        "evidence": "; ".join(c.text for c in contributions if c.log_odds > 0 and c.evidence not in ("rules", "prior")),
+    }
+    for line in cause.evidence:
+        seen = observer.observe(candidate.service, line.group, line.at)
+        if seen.state not in ("strong", "weak", "silent"):
+            continue
+        for finding in seen.findings:
+            words.setdefault("peer", finding.peer)
+            for name, text in finding.series.labels:
+                if name in ("flag", "queue", "mountpoint"):
+                    words.setdefault(name, text)
+        for fact in seen.facts:
+            attributes = observer.attributes(fact)
+            words.setdefault("subject", fact.subject)
+            for word, name in (("pid", "pid"), ("process", "name"), ("user", "user"), ("cpu_percent", "cpu_percent")):
+                value = attributes.get(name)
+                if value is not None:
+                    words.setdefault(word, f"{value:.0f}" if isinstance(value, float) else str(value))
+    return {name: clean(value, 400) for name, value in words.items()}
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    """One pass of plain substitution: what is put in is never looked at again."""
+    return _WORD.sub(lambda m: words.get(m.group(1)) or "unknown", template)
+
+
+def _proposal(
+    template: ProposalTemplate, cause: Cause, candidate: Candidate, observer: Observer, words: Mapping[str, str]
+) -> Proposal | None:
+    """The proposal with its references resolved, or None if one of them finds nothing."""
+    seen = NOTHING
+    for line in cause.evidence:
+        if line.column == template.using:
+            seen = observer.observe(candidate.service, line.group, line.at)
+    params: dict[str, ParamValue] = {}
+    for name, value in template.params.items():
+        found = _resolved(value, candidate, observer, seen) if isinstance(value, Reference) else value
+        if found is None:
+            return None
+        params[name] = found
+    return Proposal(
+        action=template.action,
+        service=candidate.service,
+        params=params,
+        reason=_filled(template.reason, words) if template.reason else _filled(cause.sentence, words),
+        runbook=template.runbook or cause.runbook,
+        autonomy_cap=template.autonomy_cap,
+    )
+
+
+def _resolved(reference: Reference, candidate: Candidate, observer: Observer, seen: Observation) -> ParamValue | None:
+    kind, _, name = reference.source.partition(".")
+    if kind == "candidate":
+        return candidate.service if name == "service" else observer.graph.entry
+    if seen.state not in ("strong", "weak"):
+        return None
+    if kind == "fact":
+        return observer.attributes(seen.facts[0]).get(name) if seen.facts else None
+    return seen.findings[0].series.label(name) or None if seen.findings else None
+
+
+def _sentence(clear: bool, hypotheses: tuple[Hypothesis, ...], missing: Mapping[str, str]) -> str:
+    """The diagnosis in words, for the incident's story."""
+    if clear:
+        text = f"Most likely ({hypotheses[0].posterior * 100:.0f} %): {hypotheses[0].sentence}"
+    elif hypotheses:
+        best = hypotheses[0]
+        text = "Insufficient evidence: nothing stands clear; the best of it "
+        text += f"({best.posterior * 100:.0f} %) is {best.title} at {best.service}."
+    else:
+        text = "Insufficient evidence: nothing that the rule packs know speaks for any cause."
+    if missing:
+        text += " Missing: " + ", ".join(f"{name} ({reason})" for name, reason in list(missing.items())[:5])
+        text += f" and {len(missing) - 5} more." if len(missing) > 5 else "."
+    return text

@@ -19,7 +19,7 @@ import msgspec
 
 SignalKind = Literal["latency", "error_ratio", "rate", "saturation", "level", "count", "up", "age", "flag"]
 State = Literal["strong", "weak", "absent", "contrary", "silent"]
-At = Literal["self", "callers", "callees", "host", "inbound", "outbound", "entry"]
+At = Literal["self", "callers", "callees", "host", "inbound", "entry"]
 Scalar = str | bool | int | float
 Condition = Scalar | list[Scalar] | dict[Literal[">=", ">", "<=", "<"], float]
 
@@ -93,7 +93,7 @@ class Group(_Strict, frozen=True, kw_only=True):
 
 class Likelihood(_Strict, frozen=True, kw_only=True):
     """`states[state] = (P(state | cause), P(state | something else))` of group `group` looked at `at` the candidate
-    (itself, its callers, callees, host, the calls into it or out of it, the entry service). States that are not listed
+    (itself, its callers, callees, host, the calls into it, the entry service). States that are not listed
     and missing evidence contribute exactly 0."""
 
     group: str
@@ -205,9 +205,10 @@ def parse_pack(data: object, where: str) -> Pack:
     raise PackError(where, faults)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackSet:
-    """Packs that fit together. Build with `PackSet.of`."""
+    """Packs that fit together. Build with `PackSet.of`. Equal only to itself, so that what is compiled from it can be
+    kept with it."""
 
     packs: tuple[Pack, ...]
 

@@ -1,0 +1,216 @@
+"""What the evidence says about one node, group by group: strong, weak, absent, contrary, silent, or nothing.
+
+Called by `rules.diagnose` for every candidate. A group is one decorrelated piece of evidence: the strongest of its
+series (or facts) decides it, once, so that ten series of the same trouble do not count ten times. Never ranks anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rules.engine import Graph, Record, holds
+from rules.features import Finding
+from rules.model import Fact, Situation
+from rules.packs import Condition, FactTest, PackSet, Scalar, Signal, State
+
+_SEVERITY: dict[State | None, int] = {"strong": 5, "weak": 4, "silent": 3, "contrary": 2, "absent": 1, None: 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A group's state at a candidate and what it rests on, leading first. State None: nobody can say."""
+
+    state: State | None
+    findings: tuple[Finding, ...] = ()
+    facts: tuple[Fact, ...] = ()
+
+
+NOTHING = Observation(None)
+
+
+@dataclass
+class Observer:
+    """Looks at one situation; remembers what it was asked."""
+
+    situation: Situation
+    packs: PackSet
+    findings: Sequence[Finding]
+    graph: Graph
+    _by_service: dict[tuple[str, str], list[Finding]] = field(default_factory=dict, repr=False)
+    _by_peer: dict[tuple[str, str], list[Finding]] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[str, str, str], Observation] = field(default_factory=dict, repr=False)
+    _processes: dict[str, Record] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for finding in self.findings:
+            self._by_service.setdefault((finding.group, finding.service), []).append(finding)
+            if finding.peer:
+                self._by_peer.setdefault((finding.group, finding.peer), []).append(finding)
+
+    def observe(self, service: str, group: str, at: str = "self") -> Observation:
+        """The state of `group`, looked at `at` the node `service`."""
+        key = (service, group, at)
+        if key not in self._known:
+            self._known[key] = self._look(service, group, at)
+        return self._known[key]
+
+    def symptom(self) -> Observation:
+        """Whether anything is wrong at the entry service: bad or silent findings there, of any group. Nothing known of
+        its symptom groups: no state."""
+        here = [f for f in self.findings if f.service == self.graph.entry]
+        bad = [f for f in here if f.state in ("strong", "weak", "silent")]
+        if bad:
+            return Observation("strong", _leading(bad))
+        calm = [f for f in here if f.state is not None and self.packs.groups[f.group].symptom]
+        return Observation("absent", tuple(calm)) if calm else NOTHING
+
+    def facts(self) -> list[tuple[Fact, Record]]:
+        """Every fact with its attributes, derived ones included."""
+        return [(f, self.attributes(f)) for e in self.situation.evidence for f in e.facts]
+
+    def attributes(self, fact: Fact) -> Record:
+        """A fact's attributes and what follows from them (see `FactTest`)."""
+        if fact.kind != "host.process":
+            return {**fact.attributes, "service": fact.service}
+        if fact.subject not in self._processes:
+            derived: dict[str, Scalar] = {"service": fact.service, "shares_cpu": self._shares_cpu(fact)}
+            start = fact.attributes.get("start")
+            if isinstance(start, (int, float)) and not isinstance(start, bool):
+                derived["age_at_onset_seconds"] = self.situation.onset - start
+            self._processes[fact.subject] = {**fact.attributes, **derived}
+        return self._processes[fact.subject]
+
+    def _look(self, service: str, group: str, at: str) -> Observation:
+        if at == "inbound":
+            return _strongest(self._by_peer.get((group, service), ()))
+        nodes = self._nodes(service, at)
+        test = self.packs.groups[group].facts
+        if test is not None:
+            return _worst(self._test(node, test) for node in nodes)
+        return _strongest([f for node in nodes for f in self._by_service.get((group, node), ())])
+
+    def _nodes(self, service: str, at: str) -> list[str]:
+        graph = self.graph
+        if at == "self":
+            return [service]
+        if at == "entry":
+            return [graph.entry]
+        if at == "callers":
+            return sorted(graph.callers.get(service, ()))
+        hosts = graph.hosts(service)
+        return sorted(hosts if at == "host" else graph.callees.get(service, frozenset()) - hosts)
+
+    def _test(self, node: str, test: FactTest) -> Observation:
+        """The strongest matching fact. A source that failed says nothing; a source that saw nothing says so."""
+        if test.owner == "host" and node != self.graph.host:
+            return NOTHING
+        if not any(e.name == test.evidence and e.missing is None for e in self.situation.evidence):
+            return NOTHING
+        found: dict[State, list[tuple[float, Fact]]] = {"strong": [], "weak": [], "absent": []}
+        for fact in self.situation.facts(test.kind):
+            attributes = self.attributes(fact)
+            if (test.owner == "candidate" and fact.service != node) or not _all(test.where, attributes):
+                continue
+            state: State = "absent"
+            if test.strong is not None and _all(test.strong, attributes):
+                state = "strong"
+            elif test.weak is not None and _all(test.weak, attributes):
+                state = "weak"
+            found[state].append((_number(attributes.get(test.prefer)), fact))
+        for state, facts in found.items():
+            if facts:
+                facts.sort(key=lambda pair: (-pair[0], pair[1].subject))
+                return Observation(state, facts=tuple(fact for _, fact in facts))
+        return Observation("absent") if test.none == "absent" else NOTHING
+
+    def _shares_cpu(self, fact: Fact) -> bool:
+        """Whether the process may run where a service's process may run; true where affinities are unknown."""
+        own = _cpus(fact)
+        others = [_cpus(f) for f in self.situation.facts("host.process") if f.service and f.subject != fact.subject]
+        return not own or not others or any(not cpus or cpus & own for cpus in others)
+
+
+def describe(finding: Finding, signal: Signal) -> str:
+    """`95th percentile latency of orders 0.05 s -> 1.9 s`, in plain words."""
+    what = f"{signal.title or finding.signal} of {finding.service or 'unknown'}"
+    labels = [f"{k} {v}" for k, v in finding.series.labels if k not in ("service", signal.peer)]
+    if finding.peer:
+        what += f" to {finding.peer}"
+    if labels:
+        what += f" ({', '.join(labels)})"
+    if finding.direction == "silent":
+        return f"{what} fell silent"
+    if finding.direction == "flat":
+        return f"{what} as usual, {quantity(finding.level, signal.unit)}"
+    return f"{what} {quantity(finding.baseline, signal.unit)} -> {quantity(finding.level, signal.unit)}"
+
+
+def describe_fact(fact: Fact) -> str:
+    """A process, a listener or any other fact, by its telling attributes."""
+    a = fact.attributes
+    of = f" of {fact.service}" if fact.service else ""
+    if fact.kind == "host.process":
+        cpu = f", {_number(a.get('cpu_percent')):.0f} % of a CPU" if "cpu_percent" in a else ""
+        return f"process {a.get('pid', '?')} ({clean(str(a.get('name', '?')))}){of} is {a.get('status', 'alive')}{cpu}"
+    if fact.kind == "host.listener":
+        return f"{fact.subject}{of} {'is listened on' if a.get('present') else 'has no listener'}"
+    told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {clean(str(v))}" for k, v in sorted(a.items()))
+    return f"{fact.kind} {clean(fact.subject)}{of}: {told}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with its unit, in the precision that a person reads."""
+    if value != value:
+        return "unknown"
+    if unit == "ratio":
+        return f"{value * 100:.3g} %"
+    if unit == "bytes":
+        return f"{value / (1 << 20):.4g} MiB"
+    return f"{value:.3g}{ {'s': ' s', 'cores': ' cores', 'per_s': '/s'}.get(unit, '') }"
+
+
+def clean(text: str, limit: int = 80) -> str:
+    """Text from outside, made printable and bounded."""
+    printable = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
+    return printable if len(text) <= limit else printable[: limit - 1] + "…"
+
+
+def _strongest(findings: Iterable[Finding]) -> Observation:
+    """The worst state any series is in, with the series in that state."""
+    known = list(findings)
+    if not known:
+        return NOTHING
+    state = max((f.state for f in known), key=lambda s: _SEVERITY[s])
+    return Observation(state, _leading([f for f in known if f.state == state])) if state is not None else NOTHING
+
+
+def _leading(findings: list[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda f: (-_SEVERITY[f.state], -f.z, f.series.metric, f.series.labels)))
+
+
+def _worst(observations: Iterable[Observation]) -> Observation:
+    """One group over several nodes: the most severe state, with all that is in it."""
+    known = list(observations)
+    if not known:
+        return NOTHING
+    state = max((o.state for o in known), key=lambda s: _SEVERITY[s])
+    return Observation(state, facts=tuple(f for o in known if o.state == state for f in o.facts))
+
+
+def _all(conditions: Mapping[str, Condition], attributes: Record) -> bool:
+    return all(holds(condition, attributes.get(name)) for name, condition in conditions.items())
+
+
+def _number(value: Scalar | None) -> float:
+    return float(value) if isinstance(value, (int, float)) and value == value else 0.0
+
+
+def _cpus(fact: Fact) -> frozenset[int]:
+    """Affinity as a set, from `0,2-3`; empty where unknown."""
+    found: set[int] = set()
+    for part in str(fact.attributes.get("cpus", "")).split(","):
+        low, dash, high = part.strip().partition("-")
+        if low.isdigit() and (high.isdigit() if dash else True):
+            found.update(range(int(low), min(int(high or low), int(low) + 4096) + 1))
+    return frozenset(found)

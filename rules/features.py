@@ -1,0 +1,341 @@
+"""Series to findings: what changed, by how much, since when, and whether that is bad. Called by `rules.diagnose` and
+`rules.verify`; vectorised over all series that share a grid; nothing here knows causes.
+
+For every series, robustly against its own normal window:
+
+    baseline  median of the normal samples (quiet windows and the last sixth left out, see `_normal`)
+    scale     max(IQR / 1.35, 5 % of |baseline|, sd / 4, the signal's floor) * (1 + 2 / samples)
+    level     the value held for at least half of the abnormal window, not its maximum
+    z         (level - baseline) / scale, signed so that positive is the bad direction
+
+z >= 3 is a weak change, z >= 6 a strong one, z <= -6 a change for the better ("contrary"). The floors, the level held
+for half of the window and the sign per kind of signal are what made robust scores work on public recordings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rules.model import Evidence, FloatArray, Frame, SeriesId, Situation
+from rules.packs import PackSet, Signal, State
+
+BoolArray = NDArray[np.bool_]
+
+WEAK = 3.0
+STRONG = 6.0
+MIN_BASELINE = 3  # fewer normal samples are no baseline
+GUARD_FROM = 30  # so many normal samples before the last sixth is given up
+_STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # kinds whose absence means none
+_UP, _DOWN = 1.0, -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one series says. `baseline`, `scale` and `level` are in the signal's unit, NaN where there is none. `state`
+    None: the series cannot speak (no baseline, no samples, or its service answers no scrape)."""
+
+    series: SeriesId
+    signal: str
+    group: str
+    service: str
+    peer: str
+    state: State | None
+    direction: str  # up | down | flat | silent
+    baseline: float
+    scale: float
+    level: float
+    z: float  # positive is bad
+    slope: float  # per second, over the abnormal window
+    onset: float  # when the sustained change began, NaN: no change
+
+    @property
+    def bad(self) -> bool:
+        return self.state in ("strong", "weak")
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The numbers behind the findings of one matrix; every array has one entry a series."""
+
+    baseline: FloatArray
+    scale: FloatArray
+    level: FloatArray
+    z: FloatArray
+    slope: FloatArray
+    onset: FloatArray
+    silent: BoolArray
+    based: BoolArray  # has a baseline (or may take zero for one)
+    present: BoolArray  # has samples in the abnormal window
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the packs know of each series, as arrays aligned with the rows of the matrix."""
+
+    sign: FloatArray  # +1 up is bad, -1 down is bad, 0 both or neither
+    floor: FloatArray
+    growth: BoolArray
+    from_zero: BoolArray  # no samples before means zero before
+
+    @classmethod
+    def of(cls, signals: Sequence[Signal]) -> Traits:
+        sign = {"up": _UP, "down": _DOWN}
+        return cls(
+            np.array([sign.get(s.bad, 0.0) for s in signals]),
+            np.array([s.floor for s in signals]),
+            np.array([s.growth for s in signals], dtype=bool),
+            np.array([s.kind in _STARTS_AT_ZERO for s in signals], dtype=bool),
+        )
+
+
+def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
+    """All findings, ordered by series name. A series that comes twice counts once, the first wins."""
+    found: dict[SeriesId, Finding] = {}
+    for frame in _frames(situation.evidence, packs):
+        signals = [packs.signals[s.metric] for s in frame.ids]
+        features = measure(frame, Traits.of(signals), situation)
+        for i, (series, signal) in enumerate(zip(frame.ids, signals, strict=True)):
+            if series not in found:
+                found[series] = _finding(series, signal, features, i)
+    deaf = {f.service for f in found.values() if packs.signals[f.signal].kind == "up" and _unreachable(f)}
+    return tuple(_heard(found[s], packs, deaf) for s in sorted(found, key=lambda s: (s.metric, s.labels)))
+
+
+def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
+    """Features of every series of one frame. Vectorised: two sorts and a few passes over the matrix."""
+    values = np.where(np.isfinite(frame.values), frame.values, np.nan)
+    normal, abnormal = _windows(frame.times, situation)
+    with np.errstate(all="ignore"):
+        baseline, scale, based = _baseline(values[:, normal], traits)
+        before = np.isfinite(values[:, normal])
+        settled = _settled(values[:, abnormal])
+        ordered, count = _ordered(settled)
+        up, down = _at(ordered, count // 2), _at(ordered, (count - 1) // 2)
+        outward = np.where(np.abs(up - baseline) >= np.abs(down - baseline), up, down)
+        level = np.where(traits.sign > 0, up, np.where(traits.sign < 0, down, outward))
+        shift = (level - baseline) / scale
+        z = np.where(traits.sign == 0, np.abs(shift), shift * traits.sign)
+        if traits.growth.any() and normal.any():
+            z = np.where(traits.growth, np.fmax(z, _growth(values[:, normal], level, traits)), z)
+        silent = (before.mean(axis=1) >= 0.5) if normal.any() else np.zeros(len(frame.ids), dtype=bool)
+        share = np.isfinite(settled).mean(axis=1) if settled.shape[1] else np.ones(len(frame.ids))
+        onset = _onset(frame.times, values, baseline, scale, np.where(traits.sign == 0, np.sign(shift), traits.sign))
+        return Features(
+            baseline=baseline,
+            scale=scale,
+            level=level,
+            z=np.nan_to_num(z, nan=0.0, posinf=1e9, neginf=-1e9),
+            slope=_slope(frame.times[abnormal], values[:, abnormal]),
+            onset=onset,
+            silent=silent & (share < 0.25),
+            based=based,
+            present=count > 0,
+        )
+
+
+def _frames(evidence: Iterable[Evidence], packs: PackSet) -> list[Frame]:
+    """The series that some pack knows, one frame for each different grid."""
+    grids: dict[bytes, list[tuple[Frame, list[int]]]] = {}
+    for item in evidence:
+        rows = [i for i, s in enumerate(item.frame.ids) if s.metric in packs.signals]
+        if rows and item.frame.times.shape[0]:
+            grids.setdefault(item.frame.times.tobytes(), []).append((item.frame, rows))
+    return [
+        Frame(
+            parts[0][0].times,
+            tuple(frame.ids[i] for frame, rows in parts for i in rows),
+            np.vstack([frame.values[rows] for frame, rows in parts]),
+        )
+        for parts in grids.values()
+    ]
+
+
+def _windows(times: FloatArray, situation: Situation) -> tuple[BoolArray, BoolArray]:
+    """Which samples are normal and which abnormal. The last sixth of a long normal window is given up: an alert fires
+    some time after the fault began (`for`, rate windows, scrapes), so these samples are the least normal of all."""
+    normal = times < situation.onset
+    for start, end in situation.quiet:
+        normal &= ~((times >= start) & (times <= end))
+    at = np.flatnonzero(normal)
+    if at.shape[0] >= GUARD_FROM:
+        normal[at[-(at.shape[0] // 6) :]] = False
+    return normal, (times >= situation.onset) & (times <= situation.until)
+
+
+def _settled(abnormal: FloatArray) -> FloatArray:
+    """Without the first third (at most five samples), which may still be normal: rates lag by their window."""
+    return abnormal[:, min(abnormal.shape[1] // 3, 5) :]
+
+
+def _ordered(values: FloatArray) -> tuple[FloatArray, NDArray[np.intp]]:
+    """Rows sorted with NaN last, and how many are finite. Quantiles by index are far faster than nanpercentile."""
+    return np.sort(values, axis=1), np.isfinite(values).sum(axis=1)
+
+
+def _at(ordered: FloatArray, index: NDArray[np.intp]) -> FloatArray:
+    if ordered.shape[1] == 0:
+        return np.full(ordered.shape[0], np.nan)
+    picked = np.take_along_axis(ordered, np.clip(index, 0, ordered.shape[1] - 1)[:, None], axis=1)
+    return np.asarray(picked[:, 0], dtype=np.float64)
+
+
+def _quantile(ordered: FloatArray, count: NDArray[np.intp], q: float) -> FloatArray:
+    """Linear interpolation between order statistics, as numpy's default."""
+    position = q * np.maximum(count - 1, 0)
+    low = np.floor(position).astype(np.intp)
+    below, above = _at(ordered, low), _at(ordered, np.minimum(low + 1, np.maximum(count - 1, 0)))
+    return np.asarray(below + (position - low) * (above - below), dtype=np.float64)
+
+
+def _baseline(normal: FloatArray, traits: Traits) -> tuple[FloatArray, FloatArray, BoolArray]:
+    ordered, count = _ordered(normal)
+    median = _quantile(ordered, count, 0.5)
+    spread = (_quantile(ordered, count, 0.75) - _quantile(ordered, count, 0.25)) / 1.35
+    sd = _sd(normal, count)
+    scale = np.fmax.reduce([spread, 0.05 * np.abs(median), 0.25 * sd, traits.floor])
+    scale = scale * (1.0 + 2.0 / np.maximum(count, 1))
+    known = count >= MIN_BASELINE
+    from_zero = traits.from_zero & (count == 0) & bool(normal.shape[1] >= MIN_BASELINE)
+    baseline = np.where(known, median, np.where(from_zero, 0.0, np.nan))
+    return baseline, np.where(known, scale, np.where(from_zero, traits.floor, np.nan)), known | from_zero
+
+
+def _sd(values: FloatArray, count: NDArray[np.intp]) -> FloatArray:
+    finite = np.isfinite(values)
+    n = np.maximum(count, 1)
+    mean = np.where(finite, values, 0.0).sum(axis=1) / n
+    deviation = np.where(finite, values - mean[:, None], 0.0)
+    return np.asarray(np.sqrt((deviation**2).sum(axis=1) / n), dtype=np.float64)
+
+
+def _growth(normal: FloatArray, level: FloatArray, traits: Traits) -> FloatArray:
+    """Rise from the first third of the normal window to the level now, against the noise between neighbouring samples:
+    a ramp inflates the IQR of its own baseline, but not the spread of its steps."""
+    first, count = _ordered(normal[:, : max(normal.shape[1] // 3, 1)])
+    start = _quantile(first, count, 0.5)
+    steps, many = _ordered(np.diff(normal, axis=1))
+    noise = (_quantile(steps, many, 0.75) - _quantile(steps, many, 0.25)) / 1.35
+    last, few = _ordered(normal[:, -max(normal.shape[1] // 3, 1) :])
+    sign = np.where(traits.sign < 0, _DOWN, _UP)
+    rising = (_quantile(last, few, 0.5) - start) * sign > 0
+    rise = sign * (level - start) / np.fmax.reduce([noise, 0.05 * np.abs(start), traits.floor])
+    return np.where(rising & (count >= MIN_BASELINE), rise, np.nan)
+
+
+def _slope(times: FloatArray, values: FloatArray) -> FloatArray:
+    """Least squares, per second; 0 where fewer than two samples speak."""
+    if times.shape[0] < 2:
+        return np.zeros(values.shape[0])
+    finite = np.isfinite(values)
+    n = np.maximum(finite.sum(axis=1), 1)
+    t = np.where(finite, times - times[0], 0.0)
+    t = np.where(finite, t - (t.sum(axis=1) / n)[:, None], 0.0)
+    v = np.where(finite, values, 0.0)
+    spread = (t**2).sum(axis=1)
+    return np.asarray(np.where(spread > 0, (t * v).sum(axis=1) / np.where(spread > 0, spread, 1.0), 0.0))
+
+
+def _onset(
+    times: FloatArray, values: FloatArray, baseline: FloatArray, scale: FloatArray, sign: FloatArray
+) -> FloatArray:
+    """The earliest sample beyond the weak bound from which on four fifths are beyond it; NaN if there is none."""
+    finite = np.isfinite(values)
+    beyond = finite & ((values - baseline[:, None]) * sign[:, None] > WEAK * scale[:, None])
+    ahead = np.cumsum(beyond[:, ::-1], axis=1)[:, ::-1]
+    left = np.maximum(np.cumsum(finite[:, ::-1], axis=1)[:, ::-1], 1)
+    lasting = beyond & (ahead >= 0.8 * left) & (ahead >= 2)
+    first = np.argmax(lasting, axis=1)
+    return np.where(lasting.any(axis=1), times[first] if times.shape[0] else np.nan, np.nan)
+
+
+def _finding(series: SeriesId, signal: Signal, features: Features, i: int) -> Finding:
+    z, level, baseline = float(features.z[i]), float(features.level[i]), float(features.baseline[i])
+    state = _state(signal, z, level, baseline, bool(features.based[i]), bool(features.present[i]))
+    silent = bool(features.silent[i]) and state not in ("strong", "weak")
+    if silent:
+        state, direction = "silent", "silent"
+    elif state is None or abs(z) < WEAK or not features.based[i]:
+        direction = "flat"
+    else:
+        direction = "up" if level > baseline else "down"
+    peer = series.label(signal.peer) if signal.peer else ""
+    return Finding(
+        series=series,
+        signal=series.metric,
+        group=signal.group,
+        service=series.service,
+        peer=host_name(peer),
+        state=state,
+        direction=direction,
+        baseline=baseline,
+        scale=float(features.scale[i]),
+        level=level,
+        z=z,
+        slope=float(features.slope[i]),
+        onset=float(features.onset[i]),
+    )
+
+
+def _state(signal: Signal, z: float, level: float, baseline: float, based: bool, present: bool) -> State | None:
+    """The bin. A saturation is strong only at its limit; being there already before is no more than weak."""
+    if not present:
+        return None
+    if signal.limit is not None:
+        beyond = level <= signal.limit if signal.bad == "down" else level >= signal.limit
+        was = based and (baseline <= signal.limit if signal.bad == "down" else baseline >= signal.limit)
+        if beyond:
+            return "weak" if was else "strong"
+        if signal.kind == "saturation":
+            return "weak" if based and z >= STRONG else "absent"
+    if signal.kind == "up" and level < 0.5 and not (based and baseline >= 0.5):
+        return "weak"  # it was not up before either
+    if not based:
+        return None
+    if signal.bad == "none":
+        return "absent"
+    if z >= STRONG:
+        return "strong"
+    if z >= WEAK:
+        return "weak"
+    return "contrary" if z <= -STRONG else "absent"
+
+
+def _unreachable(finding: Finding) -> bool:
+    return finding.state in ("strong", "weak", "silent") or (finding.state is None and not finding.level >= 0.5)
+
+
+def _heard(finding: Finding, packs: PackSet, deaf: set[str]) -> Finding:
+    """Silence counts as its signal says, but not for a service that answers no scrape: then all its series are silent
+    for that one reason."""
+    if finding.state != "silent":
+        return finding
+    signal = packs.signals[finding.signal]
+    if signal.kind == "up":
+        return finding
+    counts = None if signal.silent == "missing" or finding.service in deaf else signal.silent
+    return Finding(
+        finding.series,
+        finding.signal,
+        finding.group,
+        finding.service,
+        finding.peer,
+        counts,
+        "silent",
+        finding.baseline,
+        finding.scale,
+        finding.level,
+        finding.z,
+        finding.slope,
+        finding.onset,
+    )
+
+
+def host_name(address: str) -> str:
+    """The name in an address: `payments` of `http://payments:8080/x`, `payments:8080` and `payments`."""
+    name = address.rsplit("://", 1)[-1].split("/", 1)[0]
+    head, colon, tail = name.rpartition(":")
+    return head if colon and tail.isdigit() and ":" not in head else name
