@@ -102,10 +102,11 @@ class Intake(Struct, frozen=True, kw_only=True):
 
 
 class Journal(Struct, frozen=True, kw_only=True):
-    segment_bytes: Bytes = 16 * MIB
-    snapshot_records: Count = 10_000
-    keep_incidents: Count = 10_000  # closed incidents kept
-    keep_days: Annotated[float, Meta(gt=0, le=3650)] = 30.0
+    segment_bytes: Bytes = 64 * MIB
+    backlog_bytes: Bytes = 64 * MIB  # waiting to be durable; more is answered 503
+    snapshot_bytes: Bytes = 64 * MIB  # journalled since the last snapshot; then the next one is made
+    keep_incidents: Count = 2_000  # closed incidents kept, at most
+    keep_days: Annotated[float, Meta(gt=0, le=3650)] = 30.0  # how long closed incidents are kept
 
 
 class BasicAuth(Struct, frozen=True, kw_only=True):
@@ -135,6 +136,7 @@ class Prometheus(Struct, frozen=True, kw_only=True):
     tls: ClientTls = ClientTls()
     tenant_header: HeaderName = ""
     tenant: str = ""  # "": the tenant of the alert
+    parameters: Mapping[Name, str] = {}  # sent along with every query, `nocache: "1"`
 
     @property
     def rate_window_seconds(self) -> float:

@@ -27,6 +27,11 @@ class Secret:
     path: Path
     value: str = field(repr=False)
 
+    def current(self) -> str:
+        """What the file holds now, so that a rotated secret is picked up; while it is unreadable, what it held."""
+        now = read_secret(self.path)
+        return self.value if isinstance(now, str) else now.value
+
     def __str__(self) -> str:
         return f"<secret from {self.path}>"
 
