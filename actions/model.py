@@ -54,7 +54,7 @@ STEP_MOVES: dict[StepState, frozenset[StepState]] = {
 STEP_FINAL = frozenset(s for s, after in STEP_MOVES.items() if not after) | {_S.VERIFIED}
 
 
-class IllegalMove(ValueError):
+class IllegalMove(ValueError):  # noqa: N818 - a name used everywhere by now
     """A move outside the table: a bug, never a situation."""
 
 
@@ -96,6 +96,7 @@ class Refusal(StrEnum):
     APPROVAL_STALE = "approval_stale"  # the plan's digest is not the approved one
     RESOLVED_BEFORE_START = "resolved_before_start"
     RESOLVE_FAILED = "resolve_failed"  # the action's read-only target look-up failed
+    PRECONDITION_FAILED = "precondition_failed"  # a precondition the action states does not hold
     GATE_ERROR = "gate_error"  # a gate could not be evaluated: fails closed
 
 
@@ -131,6 +132,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     expires_at: float
     reason: str = ""
     notes: tuple[str, ...] = ()  # "limits not enforced (rlimits only)", alternatives passed over
+    demoted_by: tuple[Refusal, ...] = ()  # the gates that kept it below `auto`, hardest first
 
     @property
     def digest(self) -> str:
@@ -170,7 +172,18 @@ class BreakerState(StrEnum):
     HALF_OPEN = "half_open"
 
 
+class BreakerCall(msgspec.Struct, frozen=True, array_like=True):
+    """One ended call that a breaker remembers."""
+
+    at: float
+    ok: bool
+    slow: bool = False
+
+
 class BreakerMoved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A breaker's whole state after one event: the newest record of a key is all that a restart needs. `before` equals
+    `after` where only the counts changed."""
+
     key: str  # "action" or "action|target"
     before: BreakerState
     after: BreakerState
@@ -178,3 +191,6 @@ class BreakerMoved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     reason: str = ""
     open_until: float = 0.0
     opened_count: int = 0
+    consecutive: int = 0  # failures in a row
+    probe_at: float = 0.0  # when the probe under way began; 0: none is
+    calls: tuple[BreakerCall, ...] = ()  # within the window, oldest first

@@ -1,0 +1,348 @@
+"""The gates: each a small function that may object to a proposal, and the context that they look at.
+
+Called by `actions.guard` only. Pure: what a gate needs of the world, the time included, is in `GuardContext`. A gate
+answers None (no objection), a `Cap` (the plan may be shown, but at a lower rung of the ladder) or a `Declined`; every
+objection has a `Refusal` and a sentence. Comparisons are written so that NaN objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import msgspec
+
+from actions.breaker import Breaker, keys_of, permits
+from actions.catalog import ActionDefinition
+from actions.model import AUTONOMY_ORDER, Autonomy, Declined, ParamValue, Refusal
+from actions.policy import HOUR, GuardPolicy, granted, in_maintenance, storm_until
+from sandbox.model import EnforcedBy
+
+LOCAL_HOSTS = frozenset({"", "local", "localhost", "127.0.0.1", "::1"})
+
+
+class ProposalLike(Protocol):
+    """What is needed of a proposal. Plain data: remediation never meets diagnosis."""
+
+    @property
+    def action(self) -> str: ...
+    @property
+    def service(self) -> str: ...
+    @property
+    def params(self) -> Mapping[str, ParamValue]: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def autonomy_cap(self) -> Autonomy: ...
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing to act on, as `resolve` printed it. `identity` is what breaker, cooldown and rate limits count by."""
+
+    identity: str
+    params: dict[str, ParamValue] = {}
+    note: str = ""  # for people: what it is and why it is one
+
+
+@dataclass(frozen=True, slots=True)
+class PastAction:
+    """One step that was begun, from the journal."""
+
+    action: str
+    target: str
+    service: str
+    incident: str
+    at: float  # of the intent
+    active: bool = False  # its plan is not final yet
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardContext:
+    """The world as the gates see it. Times are unix seconds."""
+
+    now: float
+    incident: str
+    cause: str
+    posterior: float
+    margin: float
+    firing: bool
+    evidence_at: float  # end of the window that was looked at
+    policy: GuardPolicy
+    inventory: Mapping[str, Mapping[str, str]]
+    enforced_by: EnforcedBy
+    alerts: tuple[str, ...] = ()  # names of the firing alerts
+    tenant: str = "default"
+    environment: str = ""
+    paused: bool = False
+    opened: tuple[float, ...] = ()  # when incidents opened, this one too
+    history: tuple[PastAction, ...] = ()
+    breakers: Mapping[str, Breaker] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    local_hosts: frozenset[str] = LOCAL_HOSTS
+    groups: Mapping[str, str] = field(default_factory=dict)  # service -> group
+    targets: tuple[Target, ...] = ()
+    values: Mapping[str, ParamValue] = field(default_factory=dict)  # of all parameters but those of the target
+
+    def group_of(self, service: str) -> str:
+        return self.groups.get(service, "")
+
+
+class Cap(msgspec.Struct, frozen=True):
+    """The plan may be made, but at no more than this rung."""
+
+    autonomy: Autonomy
+    reason: Refusal
+    detail: str = ""
+
+
+Verdict = Declined | Cap | None
+Gate = Callable[[ProposalLike, ActionDefinition, GuardContext], Verdict]
+
+
+def _no(reason: Refusal, detail: str) -> Declined:
+    return Declined(reason=reason, detail=detail)
+
+
+def gate_firing(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    if context.firing is not True:
+        return _no(Refusal.NOT_FIRING, "no alert of the incident is firing: there is nothing to remedy")
+    return None
+
+
+def gate_paused(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    if context.paused is not False:
+        return _no(Refusal.PAUSED, "remediation is paused: `alertmedic resume` ends that")
+    return None
+
+
+def gate_stale_evidence(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    age, allowed = context.now - context.evidence_at, context.policy.stale_evidence_seconds
+    if not age <= allowed:
+        return _no(Refusal.STALE_EVIDENCE, f"the evidence is {age:.0f} s old, at most {allowed:.0f} s are allowed")
+    return None
+
+
+def gate_posterior(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    if not context.policy.min_posterior <= context.posterior <= 1.0 + 1e-9:
+        what = f"posterior {context.posterior:.2f} is below {context.policy.min_posterior:.2f}"
+        return Cap("suggest", Refusal.LOW_POSTERIOR, what)
+    return None
+
+
+def gate_margin(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    if not context.margin >= context.policy.min_margin:
+        what = f"the runner-up is only {context.margin:.2f} behind, {context.policy.min_margin:.2f} is asked for"
+        return Cap("suggest", Refusal.LOW_MARGIN, what)
+    return None
+
+
+def gate_ladder(proposal: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    level, rule = granted(
+        context.policy.autonomy,
+        action=definition.name,
+        service=proposal.service,
+        alerts=context.alerts,
+        cause=context.cause,
+        tenant=context.tenant,
+        environment=context.environment,
+    )
+    if level == "auto":
+        return None
+    if level not in AUTONOMY_ORDER:
+        return _no(Refusal.GATE_ERROR, f"{level!r} is no rung of the ladder")
+    reasons: dict[str, Refusal] = {"observe": Refusal.OBSERVE_ONLY, "suggest": Refusal.SUGGEST_ONLY}
+    return Cap(level, reasons.get(level, Refusal.NOT_AUTO), f"{rule}: {level}")
+
+
+def gate_proposal_cap(proposal: ProposalLike, _: ActionDefinition, __: GuardContext) -> Verdict:
+    cap = proposal.autonomy_cap
+    if cap == "auto":
+        return None
+    if cap not in AUTONOMY_ORDER:
+        return _no(Refusal.GATE_ERROR, f"{cap!r} is no rung of the ladder")
+    reasons: dict[str, Refusal] = {"observe": Refusal.OBSERVE_ONLY, "suggest": Refusal.SUGGEST_ONLY}
+    return Cap(cap, reasons.get(cap, Refusal.NOT_AUTO), f"the diagnosis proposes it at {cap} only")
+
+
+def gate_risk(_: ProposalLike, definition: ActionDefinition, __: GuardContext) -> Verdict:
+    if definition.risk.auto != "allowed":
+        return Cap("approve", Refusal.NOT_AUTO, f"{definition.name} is never done without a person")
+    return None
+
+
+def gate_limits(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    if context.enforced_by.limits_enforced:
+        return None
+    if context.policy.protection != "automatic":
+        what = f"protection is required, and the limits are not enforced here ({context.enforced_by})"
+        return _no(Refusal.LIMITS_NOT_ENFORCED, what)
+    if context.policy.allow_unenforced_auto is True:
+        return None
+    return Cap("approve", Refusal.LIMITS_NOT_ENFORCED, f"limits not enforced ({context.enforced_by})")
+
+
+def gate_storm(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    until = storm_until(context.opened, context.now, context.policy.storm)
+    if until is not None:
+        storm = context.policy.storm
+        what = f"storm: more than {storm.incidents} incidents in {storm.window_seconds:.0f} s; suggestions only"
+        return Cap("suggest", Refusal.STORM, f"{what} for another {until - context.now:.0f} s")
+    return None
+
+
+def gate_maintenance(proposal: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    window = in_maintenance(context.policy.maintenance, proposal.service, context.now)
+    if window is not None:
+        return _no(Refusal.MAINTENANCE, f"maintenance window {window.name or '(without name)'} covers this service")
+    return None
+
+
+def gate_host(proposal: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    host = context.inventory[proposal.service].get("host", "")
+    if definition.where == "host" and host not in context.local_hosts:
+        return _no(Refusal.NOT_LOCAL, f"{proposal.service} runs on {host}, and no remote executor is configured")
+    return None
+
+
+def gate_secrets(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    absent = [s.name for s in definition.environment if s.required and s.name not in context.secrets]
+    if absent:
+        return _no(Refusal.NO_INVENTORY, f"secrets that the action needs are not configured: {', '.join(absent)}")
+    return None
+
+
+def gate_protected_service(proposal: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    for glob in context.policy.protected.services:
+        if fnmatchcase(proposal.service, glob):
+            return _no(Refusal.PROTECTED_TARGET, f"the service {proposal.service} is protected ({glob})")
+    return None
+
+
+def gate_targets(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    if not context.targets:
+        return _no(Refusal.EMPTY_TARGET, "there is nothing to act on")
+    allowed = min(definition.max_targets, context.policy.max_targets)
+    if len(context.targets) > allowed:
+        return _no(Refusal.TOO_MANY_TARGETS, f"{len(context.targets)} targets, at most {allowed} are allowed")
+    return None
+
+
+def gate_protected_target(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    for target in context.targets:
+        for glob in context.policy.protected.targets:
+            if fnmatchcase(target.identity, glob):
+                return _no(Refusal.PROTECTED_TARGET, f"{target.identity} is protected ({glob})")
+    return None
+
+
+def gate_busy(proposal: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    wanted = {t.identity for t in context.targets}
+    for past in context.history:
+        if (
+            past.active
+            and past.incident != context.incident
+            and past.target in wanted
+            and past.service == proposal.service
+        ):
+            return _no(Refusal.BUSY_TARGET, f"incident {past.incident} is acting on {past.target}")
+    return None
+
+
+def gate_blast_radius(proposal: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    others = [p for p in context.history if p.active and p.incident != context.incident]
+    policy, service, group = context.policy, proposal.service, context.group_of(proposal.service)
+    on_service = {p.incident for p in others if p.service == service}
+    if len(on_service) >= policy.max_actions_per_service:
+        return _no(Refusal.BLAST_RADIUS, f"{len(on_service)} other incident(s) act on {service} right now")
+    in_group = {p.incident for p in others if group and (p.group or context.group_of(p.service)) == group}
+    if len(in_group) >= policy.max_actions_per_group:
+        return _no(Refusal.BLAST_RADIUS, f"{len(in_group)} other incident(s) act on the group {group} right now")
+    services = {p.service for p in others} | {service}
+    if len(services) > policy.max_services_at_once:
+        busy = ", ".join(sorted(services - {service}))
+        return _no(Refusal.BLAST_RADIUS, f"other services are being acted on right now: {busy}")
+    return None
+
+
+def gate_cooldown(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    for target in context.targets:
+        mine = [p for p in context.history if (p.action, p.target) == (definition.name, target.identity)]
+        mine = [p for p in mine if not (p.active and p.incident == context.incident)]
+        last = max((p.at for p in mine), default=None)
+        if last is not None and context.now - last < context.policy.cooldown_seconds:
+            ago, left = context.now - last, context.policy.cooldown_seconds - (context.now - last)
+            return _no(Refusal.COOLDOWN, f"{target.identity} had this action {ago:.0f} s ago; {left:.0f} s left")
+    return None
+
+
+def gate_rate(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    recent = [p for p in context.history if context.now - p.at < HOUR]
+    recent = [p for p in recent if not (p.active and p.incident == context.incident)]
+    policy, new = context.policy, len(context.targets)
+    same_action = sum(p.action == definition.name for p in recent)
+    if same_action + new > policy.actions_per_action_per_hour:
+        return _no(Refusal.RATE_LIMIT, f"{definition.name} ran {same_action} time(s) within the hour")
+    for target in context.targets:
+        same_target = sum(p.target == target.identity for p in recent)
+        if same_target + 1 > policy.actions_per_target_per_hour:
+            return _no(Refusal.RATE_LIMIT, f"{target.identity} was acted on {same_target} time(s) within the hour")
+    if len(recent) + new > policy.actions_per_hour:
+        return _no(Refusal.RATE_LIMIT, f"{len(recent)} action(s) within the hour over everything")
+    return None
+
+
+def gate_breaker(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    for target in context.targets:
+        for key in keys_of(definition.name, target.identity):
+            breaker = context.breakers.get(key)
+            if breaker is not None and not permits(breaker, context.policy.breaker, context.now):
+                left = max(0.0, breaker.open_until - context.now)
+                return _no(Refusal.BREAKER_OPEN, f"the breaker {key} is {breaker.state} for another {left:.0f} s")
+    return None
+
+
+BEFORE_TARGETS: tuple[Gate, ...] = (
+    gate_firing,
+    gate_paused,
+    gate_maintenance,
+    gate_stale_evidence,
+    gate_protected_service,
+    gate_host,
+    gate_secrets,
+    gate_limits,
+)
+AT_START: tuple[Gate, ...] = (
+    gate_firing,
+    gate_paused,
+    gate_maintenance,
+    gate_protected_service,
+    gate_host,
+    gate_secrets,
+    gate_limits,
+    gate_storm,
+    gate_protected_target,
+    gate_busy,
+    gate_blast_radius,
+    gate_cooldown,
+    gate_rate,
+    gate_breaker,
+)
+GATES: tuple[Gate, ...] = (
+    *BEFORE_TARGETS,
+    gate_ladder,
+    gate_proposal_cap,
+    gate_risk,
+    gate_posterior,
+    gate_margin,
+    gate_storm,
+    gate_targets,
+    gate_protected_target,
+    gate_busy,
+    gate_blast_radius,
+    gate_cooldown,
+    gate_rate,
+    gate_breaker,
+)
