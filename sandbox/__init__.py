@@ -2,3 +2,22 @@
 
 Called by `actions.runner`. Never decides whether something may run, and never parses a command.
 """
+
+from sandbox.capability import Capability, SandboxUnavailable, probe
+from sandbox.execution import current, kill_leaf, leaf_name, run, use
+from sandbox.model import EnforcedBy, Limits, Protection, RunResult
+
+__all__ = [
+    "Capability",
+    "EnforcedBy",
+    "Limits",
+    "Protection",
+    "RunResult",
+    "SandboxUnavailable",
+    "current",
+    "kill_leaf",
+    "leaf_name",
+    "probe",
+    "run",
+    "use",
+]
