@@ -117,7 +117,9 @@ class Document:
             self.faults.append(Fault(self.name, line, "", f"not YAML: {what}", "check indentation and quoting"))
             self._root.broken = True
             return
-        if root is not None and not root.is_null:
+        if root is None:
+            self._root.broken = bool(self.faults)
+        elif not root.is_null:
             self._root = root
 
     def override(self, variable: str, path: tuple[str, ...], text: str, *, literal: bool, base: Path) -> None:
@@ -190,7 +192,7 @@ class Document:
                 stack.append(_Open(node, path))
                 if len(stack) > MAX_DEPTH:
                     self.faults.append(Fault(file, line, "", f"nested deeper than {MAX_DEPTH}", "no key needs that"))
-                    return root
+                    return None
         return root
 
     def _node(self, event: Any, file: str, line: int, base: Path) -> _Node:
@@ -243,7 +245,7 @@ class Document:
         assert isinstance(node.value, dict)
         fields = {f.name: f for f in msgspec.structs.fields(struct)}
         for name, child in node.value.items():
-            if name not in fields:
+            if name not in fields and not child.broken:
                 self._add(child, _join(path, name), "unknown key", _suggest(name, fields, "keys here"))
         values: dict[str, Any] = {}
         sound = True

@@ -41,12 +41,14 @@ def read_secret(path: Path) -> Secret | str:
     try:
         # Non-blocking, so that naming a FIFO is a fault instead of a wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return f"{path} is no regular file"
+            body = os.read(descriptor, MAX_SECRET_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         return f"cannot read {path}: {_reason(error)}"
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return f"{path} is no regular file"
-        body = file.read(MAX_SECRET_BYTES + 1)
     if len(body) > MAX_SECRET_BYTES:
         return f"{path} has more than {MAX_SECRET_BYTES} bytes"
     try:
