@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from rules.packs import Fault, Pack, PackError, PackSet, parse_pack
@@ -36,7 +37,8 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> PackSet:
-    """The shipped packs and every `*.yaml` of `dirs`, without those named in `disable`.
+    """The shipped packs and every `*.yaml` of `dirs`. A pack named in `disable` asks nothing and proposes nothing; its
+    words (signals and groups) stay known, since causes of other packs may mention them as contra-evidence.
 
     Raises PackError with all faults of all files, each with file, line and key; OSError if a directory cannot be read.
     """
@@ -59,8 +61,10 @@ def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> Pack
         except PackError as error:
             faults += [Fault((error.where, *f.path) if f.path else (error.where,), f.reason) for f in error.faults]
             continue
-        if pack.pack not in disable:
-            packs.append(pack)
+        disabled = pack.pack in disable
+        packs.append(msgspec.structs.replace(pack, queries={}, causes={}, rules={}) if disabled else pack)
+    unknown = sorted(set(disable) - {p.pack for p in packs})
+    faults += [Fault(("disable", name), "there is no such pack") for name in unknown]
     if faults:
         raise PackError("packs", faults)
     return PackSet.of(packs)

@@ -101,7 +101,9 @@ def records_of(
             )
     for caller, callees in graph.callees.items():
         found["edge"] += [{"caller": caller, "callee": callee} for callee in callees]
-    found["node"] += [{"service": service, "kind": graph.kind(service)} for service in graph.paths]
+    found["node"] += [
+        {"service": service, "kind": graph.kind(service), "local": service == graph.host} for service in graph.paths
+    ]
     found["fact"] += [
         {**attributes, "kind": fact.kind, "subject": fact.subject, "service": fact.service}
         for fact, attributes in facts

@@ -6,6 +6,7 @@ series (or facts) decides it, once, so that ten series of the same trouble do no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -74,7 +75,12 @@ class Observer:
         if fact.kind != "host.process":
             return {**fact.attributes, "service": fact.service}
         if fact.subject not in self._processes:
-            derived: dict[str, Scalar] = {"service": fact.service, "shares_cpu": self._shares_cpu(fact)}
+            derived: dict[str, Scalar] = {
+                "service": fact.service,
+                "shares_cpu": self._meets_cpu(fact, pinned=False),
+                "takes_pinned_cpu": self._meets_cpu(fact, pinned=True),
+                "group_cpu_percent": self._group_cpu(fact),
+            }
             start = fact.attributes.get("start")
             if isinstance(start, (int, float)) and not isinstance(start, bool):
                 derived["age_at_onset_seconds"] = self.situation.onset - start
@@ -84,6 +90,9 @@ class Observer:
     def _look(self, service: str, group: str, at: str) -> Observation:
         if at == "inbound":
             return _strongest(self._by_peer.get((group, service), ()))
+        if at == "siblings":
+            calls = [f for c in self._nodes(service, "callers") for f in self._by_service.get((group, c), ())]
+            return _strongest([f for f in calls if f.peer and f.peer != service])
         nodes = self._nodes(service, at)
         test = self.packs.groups[group].facts
         if test is not None:
@@ -124,11 +133,27 @@ class Observer:
                 return Observation(state, facts=tuple(fact for _, fact in facts))
         return Observation("absent") if test.none == "absent" else NOTHING
 
-    def _shares_cpu(self, fact: Fact) -> bool:
-        """Whether the process may run where a service's process may run; true where affinities are unknown."""
+    def _meets_cpu(self, fact: Fact, pinned: bool) -> bool:
+        """Whether the process may run where some service's process may run (true where affinities are unknown), or with
+        `pinned`: whether it is confined to CPUs to which a service is confined as well."""
         own = _cpus(fact)
-        others = [_cpus(f) for f in self.situation.facts("host.process") if f.service and f.subject != fact.subject]
-        return not own or not others or any(not cpus or cpus & own for cpus in others)
+        services = [_cpus(f) for f in self.situation.facts("host.process") if f.service and f.subject != fact.subject]
+        if not pinned:
+            return not own or not services or any(not cpus or cpus & own for cpus in services)
+        every = frozenset().union(*(_cpus(f) for f in self.situation.facts("host.process")))
+        return bool(own) and any(own <= cpus and len(cpus) < len(every) for cpus in services)
+
+    def _group_cpu(self, fact: Fact) -> float:
+        """CPU percent of all processes seen in the same process group and of the same service."""
+        pgid = fact.attributes.get("pgid")
+        if pgid is None:
+            return _number(fact.attributes.get("cpu_percent"))
+        group = [
+            f
+            for f in self.situation.facts("host.process")
+            if f.attributes.get("pgid") == pgid and f.service == fact.service
+        ]
+        return math.fsum(_number(f.attributes.get("cpu_percent")) for f in group)
 
 
 def describe(finding: Finding, signal: Signal) -> str:

@@ -5,7 +5,8 @@ For every series, robustly against its own normal window:
 
     baseline  median of the normal samples (quiet windows and the last sixth left out, see `_normal`)
     scale     max(IQR / 1.35, 5 % of |baseline|, sd / 4, the signal's floor) * (1 + 2 / samples)
-    level     the value held for at least half of the abnormal window, not its maximum
+    level     the value held for at least half of the abnormal window, not its maximum (ages and steady growth: of its
+              last third); the first samples, which may still be normal, are left out
     z         (level - baseline) / scale, signed so that positive is the bad direction
 
 z >= 3 is a weak change, z >= 6 a strong one, z <= -6 a change for the better ("contrary"). The floors, the level held
@@ -80,6 +81,7 @@ class Traits:
     floor: FloatArray
     growth: BoolArray
     from_zero: BoolArray  # no samples before means zero before
+    latest: BoolArray  # goes on changing while the fault lasts: the end of the window is what counts
 
     @classmethod
     def of(cls, signals: Sequence[Signal]) -> Traits:
@@ -89,6 +91,7 @@ class Traits:
             np.array([s.floor for s in signals]),
             np.array([s.growth for s in signals], dtype=bool),
             np.array([s.kind in _STARTS_AT_ZERO for s in signals], dtype=bool),
+            np.array([s.kind == "age" or s.growth for s in signals], dtype=bool),
         )
 
 
@@ -113,8 +116,12 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
         baseline, scale, based = _baseline(values[:, normal], traits)
         before = np.isfinite(values[:, normal])
         settled = _settled(values[:, abnormal])
+        tail = settled[:, settled.shape[1] - -(-settled.shape[1] // 3) :]
         ordered, count = _ordered(settled)
         up, down = _at(ordered, count // 2), _at(ordered, (count - 1) // 2)
+        late, few = _ordered(tail)
+        up = np.where(traits.latest & (few > 0), _at(late, few // 2), up)
+        down = np.where(traits.latest & (few > 0), _at(late, (few - 1) // 2), down)
         outward = np.where(np.abs(up - baseline) >= np.abs(down - baseline), up, down)
         level = np.where(traits.sign > 0, up, np.where(traits.sign < 0, down, outward))
         shift = (level - baseline) / scale
@@ -167,8 +174,10 @@ def _windows(times: FloatArray, situation: Situation) -> tuple[BoolArray, BoolAr
 
 
 def _settled(abnormal: FloatArray) -> FloatArray:
-    """Without the first third (at most five samples), which may still be normal: rates lag by their window."""
-    return abnormal[:, min(abnormal.shape[1] // 3, 5) :]
+    """Without the first samples, which may still be normal since rates lag by their window: a third of a very short
+    window, half of a longer one, at most fifteen."""
+    n = abnormal.shape[1]
+    return abnormal[:, n // 3 if n < 12 else min(n // 2, 15) :]
 
 
 def _ordered(values: FloatArray) -> tuple[FloatArray, NDArray[np.intp]]:
@@ -281,14 +290,14 @@ def _finding(series: SeriesId, signal: Signal, features: Features, i: int) -> Fi
 
 
 def _state(signal: Signal, z: float, level: float, baseline: float, based: bool, present: bool) -> State | None:
-    """The bin. A saturation is strong only at its limit; being there already before is no more than weak."""
+    """The bin. A saturation is strong only at its limit, and being at its limit as usual is no news."""
     if not present:
         return None
     if signal.limit is not None:
         beyond = level <= signal.limit if signal.bad == "down" else level >= signal.limit
         was = based and (baseline <= signal.limit if signal.bad == "down" else baseline >= signal.limit)
         if beyond:
-            return "weak" if was else "strong"
+            return ("weak" if z >= WEAK else "absent") if was else "strong"
         if signal.kind == "saturation":
             return "weak" if based and z >= STRONG else "absent"
     if signal.kind == "up" and level < 0.5 and not (based and baseline >= 0.5):

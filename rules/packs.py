@@ -19,7 +19,7 @@ import msgspec
 
 SignalKind = Literal["latency", "error_ratio", "rate", "saturation", "level", "count", "up", "age", "flag"]
 State = Literal["strong", "weak", "absent", "contrary", "silent"]
-At = Literal["self", "callers", "callees", "host", "inbound", "entry"]
+At = Literal["self", "callers", "callees", "host", "inbound", "siblings", "entry"]
 Scalar = str | bool | int | float
 Condition = Scalar | list[Scalar] | dict[Literal[">=", ">", "<=", "<"], float]
 
@@ -70,8 +70,9 @@ class Signal(_Strict, frozen=True, kw_only=True):
 class FactTest(_Strict, frozen=True, kw_only=True):
     """How facts decide a group's state: the strongest matching fact does. An attribute that a fact lacks is false to an
     equality with `false` and matches nothing else. Derived attributes: `service`, and for processes
-    `age_at_onset_seconds` (negative: started after the onset) and `shares_cpu` (may run on a CPU on which a service of
-    the incident is pinned)."""
+    `age_at_onset_seconds` (negative: started after the onset), `group_cpu_percent` (of its whole process group),
+    `shares_cpu` (may run where some service may run) and `takes_pinned_cpu` (is pinned to CPUs on which a service is
+    pinned too)."""
 
     kind: str
     evidence: str  # the Evidence that brings such facts; if that is missing, so is the group
@@ -93,7 +94,8 @@ class Group(_Strict, frozen=True, kw_only=True):
 
 class Likelihood(_Strict, frozen=True, kw_only=True):
     """`states[state] = (P(state | cause), P(state | something else))` of group `group` looked at `at` the candidate
-    (itself, its callers, callees, host, the calls into it, the entry service). States that are not listed
+    (itself, its callers, callees, host, the calls into it, its siblings: all
+    other calls of its callers, the entry service). States that are not listed
     and missing evidence contribute exactly 0."""
 
     group: str
@@ -140,7 +142,8 @@ class Cause(_Strict, frozen=True, kw_only=True):
 class Pattern(_Strict, frozen=True, kw_only=True):
     """One condition of a rule. `where` maps a field to a constant, a list (any of), a comparison, or a variable `$x`;
     equal variables join. Fields: finding(signal, group, service, peer, state, direction), edge(caller, callee),
-    node(service, kind), fact(kind, subject, service, attributes...). `state: bad` is strong or weak."""
+    node(service, kind, local: it is this machine), fact(kind, subject, service, attributes...). `state: bad` is strong
+    or weak."""
 
     match: Literal["finding", "edge", "node", "fact"]
     where: dict[str, Condition]
@@ -368,7 +371,7 @@ def _check_cause(cause: Cause, path: tuple[str | int, ...], faults: list[Fault])
 _FIELDS = {
     "finding": {"signal", "group", "service", "peer", "state", "direction"},
     "edge": {"caller", "callee"},
-    "node": {"service", "kind"},
+    "node": {"service", "kind", "local"},
 }
 
 
