@@ -1,0 +1,109 @@
+"""Filling evidence queries: the only place where text that others control gets into PromQL.
+
+Called by `agent.sources.prometheus` (and by `agent.topology` for matchers). Exists because service names come from
+labels, which anybody may set: a value reaches a query only regex-escaped and then string-escaped, a name only if
+it is an identifier, a duration only if it is one. It never evaluates anything and knows three variables, no more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+DURATION = re.compile(r"(?=[0-9])(?:[0-9]+y)?(?:[0-9]+w)?(?:[0-9]+d)?(?:[0-9]+h)?(?:[0-9]+m)?(?:[0-9]+s)?(?:[0-9]+ms)?")
+VARIABLE = re.compile(r"\$([a-zA-Z_][a-zA-Z0-9_]*)")  # `$1` of label_replace is not one of ours
+RE2_SPECIAL = frozenset(r"\.+*?()|[]{}^$")  # what Go's regexp.QuoteMeta escapes
+MAX_SERVICES = 2_000
+MAX_SCOPE_BYTES = 256 * 1024
+
+
+class TemplateError(ValueError):
+    """A query that cannot be filled: unknown variable, bad label name, bad duration, a service without a name."""
+
+
+def regex_literal(value: str) -> str:
+    """An RE2 expression that matches `value` and nothing else (as Go's regexp.QuoteMeta)."""
+    return "".join("\\" + c if c in RE2_SPECIAL else c for c in value)
+
+
+def string_literal(value: str) -> str:
+    """`value` as a double-quoted PromQL string.
+
+    PromQL takes Go's escapes. Control characters are escaped because a raw newline ends the string, and U+FFFD because
+    Prometheus' lexer takes it for a decoding error. Raises TemplateError for lone surrogates (not valid UTF-8, so no
+    label holds them).
+    """
+    out = ['"']
+    for c in value:
+        code = ord(c)
+        if c in '"\\':
+            out.append("\\" + c)
+        elif code < 0x20 or 0x7F <= code < 0xA0 or code in (0x2028, 0x2029, 0xFEFF, 0xFFFD):
+            out.append(f"\\u{code:04x}")
+        elif 0xD800 <= code < 0xE000:
+            raise TemplateError("label value: it is not valid UTF-8 (lone surrogate), no series can have it")
+        else:
+            out.append(c)
+    out.append('"')
+    return "".join(out)
+
+
+def label_name(name: str) -> str:
+    """`name` if it is a Prometheus label name that may be matched, else TemplateError."""
+    if not LABEL_NAME.fullmatch(name) or name.startswith("__"):
+        raise TemplateError(
+            f"label name {name!r:.100}: expected letters, digits and _ not beginning with a digit or __"
+        )
+    return name
+
+
+def duration(text: str) -> str:
+    """`text` if it is a positive Prometheus duration (`1m`, `1h30m`, `500ms`), else TemplateError."""
+    if not DURATION.fullmatch(text) or not any(c in "123456789" for c in text):
+        raise TemplateError(f"duration {text!r:.100}: expected something like 30s, 1m or 1h30m")
+    return text
+
+
+def duration_of(seconds: float) -> str:
+    """Seconds as a Prometheus duration, to the millisecond: `60s`, `1500ms`."""
+    millis = max(1, round(seconds * 1000))
+    return f"{millis // 1000}s" if millis % 1000 == 0 else f"{millis}ms"
+
+
+def matcher(label: str, values: Sequence[str]) -> str:
+    """A complete matcher for exactly these label values: `service=~"front|orders"`.
+
+    Raises TemplateError for no values (it would match everything or nothing, neither is meant), for an empty one
+    (it would match every series without the label) and for more than MAX_SERVICES or MAX_SCOPE_BYTES.
+    """
+    wanted = sorted(set(values))
+    if not wanted:
+        raise TemplateError("no services in scope: the alert names none and the topology has none")
+    if "" in wanted:
+        raise TemplateError("a service without a name is in scope: it would select every series without the label")
+    if len(wanted) > MAX_SERVICES:
+        raise TemplateError(f"{len(wanted)} services in scope, at most {MAX_SERVICES} fit into one query")
+    text = f"{label_name(label)}=~{string_literal('|'.join(regex_literal(v) for v in wanted))}"
+    if len(text) * 4 > MAX_SCOPE_BYTES and len(text.encode()) > MAX_SCOPE_BYTES:
+        raise TemplateError(f"the names of {len(wanted)} services in scope exceed {MAX_SCOPE_BYTES} bytes")
+    return text
+
+
+def render(query: str, service_label: str, services: Sequence[str], rate: str) -> str:
+    """The query with `$service` (the label's name), `$scope` (a complete matcher) and `$rate` (a duration) filled in.
+
+    One pass: what was filled in is not looked at again. Raises TemplateError.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name == "service":
+            return label_name(service_label)
+        if name == "scope":
+            return matcher(service_label, services)
+        if name == "rate":
+            return duration(rate)
+        raise TemplateError(f"unknown variable ${name:.100}: a query knows $service, $scope and $rate")
+
+    return VARIABLE.sub(fill, query)
