@@ -87,6 +87,19 @@ class Observer:
             self._processes[fact.subject] = {**fact.attributes, **derived}
         return self._processes[fact.subject]
 
+    def looked(self, evidence: str) -> bool:
+        """Whether that evidence arrived, be it empty."""
+        return any(e.name == evidence and e.missing is None for e in self.situation.evidence)
+
+    def fact_state(self, fact: Fact, test: FactTest) -> State:
+        """Strong, weak or absent, of one fact that `test.where` selects; absent if it does not."""
+        attributes = self.attributes(fact)
+        if not _all(test.where, attributes):
+            return "absent"
+        if test.strong is not None and _all(test.strong, attributes):
+            return "strong"
+        return "weak" if test.weak is not None and _all(test.weak, attributes) else "absent"
+
     def _look(self, service: str, group: str, at: str) -> Observation:
         if at == "inbound":
             return _strongest(self._by_peer.get((group, service), ()))
@@ -114,19 +127,14 @@ class Observer:
         """The strongest matching fact. A source that failed says nothing; a source that saw nothing says so."""
         if test.owner == "host" and node != self.graph.host:
             return NOTHING
-        if not any(e.name == test.evidence and e.missing is None for e in self.situation.evidence):
+        if not self.looked(test.evidence):
             return NOTHING
         found: dict[State, list[tuple[float, Fact]]] = {"strong": [], "weak": [], "absent": []}
         for fact in self.situation.facts(test.kind):
             attributes = self.attributes(fact)
             if (test.owner == "candidate" and fact.service != node) or not _all(test.where, attributes):
                 continue
-            state: State = "absent"
-            if test.strong is not None and _all(test.strong, attributes):
-                state = "strong"
-            elif test.weak is not None and _all(test.weak, attributes):
-                state = "weak"
-            found[state].append((_number(attributes.get(test.prefer)), fact))
+            found[self.fact_state(fact, test)].append((_number(attributes.get(test.prefer)), fact))
         for state, facts in found.items():
             if facts:
                 facts.sort(key=lambda pair: (-pair[0], pair[1].subject))

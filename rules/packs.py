@@ -89,6 +89,7 @@ class Group(_Strict, frozen=True, kw_only=True):
 
     title: str
     symptom: bool = False  # at the entry service, all of these absent speaks against every cause
+    watch: bool = True  # must be back to normal for a recovery; false for what a cure need not change (demand, say)
     facts: FactTest | None = None
 
 
