@@ -1,9 +1,9 @@
 """Which incident is investigated next: fair between tenants, bounded per tenant.
 
-Used by `agent.app` alone. At most `limit` incidents of a tenant wait here; what is offered beyond that is not queued but
-remembered as overflow, stays in the journal's fold, and is fetched from there (oldest first, through `refill`) as soon as
-the tenant's queue has room again: nothing is dropped. Tenants take turns, so one tenant's flood delays another by at most
-one investigation per slot. Never decides what an investigation does, and never runs one.
+Used by `agent.app` alone. At most `limit` incidents of a tenant wait here; what is offered beyond that is not queued
+but remembered as overflow, stays in the journal's fold, and is fetched from there (oldest first, through `refill`) as
+soon as the tenant's queue has room again: nothing is dropped. Tenants take turns, so one tenant's flood delays another
+by at most one investigation per slot. Never decides what an investigation does, and never runs one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,378 @@
+"""Builds every object from the configuration, runs the service, drains it: the only wiring.
+
+Called by `agent.cli` (`alertmedic serve`). Order of the start: journal (replayed), sandbox probed, packs and actions
+read, then the port, then the investigations; ready is told once alerts can be made durable. Order of the end: no new
+webhooks, no new investigations, running steps may finish within a grace period, then the journal is closed. It decides
+nothing about incidents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import sandbox
+from actions.catalog import load_catalog
+from actions.model import BreakerState
+from agent import __version__, log
+from agent.config import Config
+from agent.http.auth import Credential, Guard
+from agent.http.server import Options, Serving, build_app
+from agent.http.server import serve as serve_http
+from agent.incidents import Changes, IncidentState
+from agent.intake import Accepted, Intake
+from agent.investigate import Investigation
+from agent.journal.records import AgentStarted, FoldPolicy, Stored
+from agent.journal.wal import JournalError
+from agent.operations import Operations
+from agent.packs import load_packs
+from agent.reconcile import ReconcileError, reconcile
+from agent.remediation import Remediation
+from agent.schedule import Schedule
+from agent.situation import Situations
+from agent.sources import Source
+from agent.sources.host import HostSource
+from agent.sources.prometheus import Prometheus, PrometheusSource
+from agent.store import Store
+from agent.telemetry import Telemetry
+from agent.topology import Discovery, load_topology
+from agent.tracing import Tracing, otlp_exporter
+from agent.verify import SeriesVerifier
+
+logger = logging.getLogger("alertmedic.app")
+RECONCILE_SECONDS = 30.0
+GRACE_SECONDS = 30.0
+RETRY_SECONDS = 5.0
+MIN_FREE_BYTES = 64 * 1024 * 1024
+
+
+async def serve(config: Config, ready: Callable[[str], None] | None = None) -> int:
+    """Runs until SIGTERM or SIGINT. Returns the exit code. `ready(address)` is called once the port listens."""
+    log.configure(config.log.format, config.log.level)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(config) as app:
+        address = "{}:{}".format(*app.serving.addresses[0])
+        logger.info(
+            "alertmedic %s listens on %s; state %s; sandbox %s; autonomy %s",
+            __version__,
+            address,
+            config.state_dir,
+            sandbox.current().enforced_by,
+            config.autonomy.default,
+        )
+        if ready is not None:
+            ready(address)
+        await stop.wait()
+        logger.info("draining")
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config) -> AsyncIterator[App]:
+    """The whole service, for the time of the block."""
+    sandbox.use(sandbox.probe(config.sandbox.parent))
+    packs = load_packs(config.packs.dirs, config.packs.disable)
+    catalog = load_catalog(config.actions.dirs, config.actions.disable)
+    topology = load_topology(config)
+    config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    telemetry = Telemetry(__version__, _tracing(config))
+    store = Store.open(
+        config.state_dir,
+        segment_bytes=config.journal.segment_bytes,
+        backlog_bytes=config.journal.backlog_bytes,
+        snapshot_bytes=config.journal.snapshot_bytes,
+    )
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            sources: list[Source] = [HostSource(config.inventory_strings)]
+            discover = None
+            if config.prometheus.url:
+                prometheus = await stack.enter_async_context(PrometheusSource(_prometheus(config)))
+                sources.append(prometheus)
+                if config.topology.service_graph:
+                    discover = Discovery(prometheus).topology
+            situations = Situations(config, packs, sources, topology, discover)
+            verifier = SeriesVerifier(config, packs, situations, store, telemetry)
+            remediation = Remediation(config, catalog, store, verifier, telemetry)
+            app = App(config, store, telemetry, remediation)
+            app.investigation = Investigation(
+                config, packs, store, situations, remediation, verifier, telemetry, app.wake
+            )
+            await app.start(topology.edges)
+            try:
+                yield app
+            finally:
+                await app.stop()
+    finally:
+        await store.close()
+        if telemetry.tracing is not None:
+            await asyncio.to_thread(telemetry.tracing.close, config.otlp.timeout_seconds)
+
+
+def _tracing(config: Config) -> Tracing:
+    otlp = config.otlp
+    exporter = otlp_exporter(otlp.endpoint, otlp.timeout_seconds) if otlp.endpoint else None
+    return Tracing(__version__, exporter, max_spans=otlp.max_spans)
+
+
+def _prometheus(config: Config) -> Prometheus:
+    section = config.prometheus
+    basic, tls = section.basic, section.tls
+    return Prometheus(
+        url=section.url,
+        service_label=section.service_label,
+        rate=f"{max(1, round(section.rate_window_seconds))}s",
+        timeout_seconds=section.timeout_seconds,
+        concurrency=section.concurrency,
+        bearer=section.bearer_token_file.current if section.bearer_token_file else "",
+        username=basic.username if basic else "",
+        password=basic.password_file.current if basic else "",
+        ca_file=tls.ca_file,
+        cert_file=tls.cert_file,
+        key_file=tls.key_file,
+        server_name=tls.server_name,
+        insecure_skip_verify=tls.insecure_skip_verify,
+        tenant_header=section.tenant_header,
+        tenant=section.tenant,
+        parameters=dict(section.parameters),
+    )
+
+
+def _guard(config: Config) -> Guard:
+    bearer = [Credential(t.name, t.token_file.value, "", t.tenants, t.scopes) for t in config.auth.bearer]
+    basic = [Credential(u.name, u.password_file.value, u.name, u.tenants, u.scopes) for u in config.auth.basic]
+    return Guard([*bearer, *basic])
+
+
+def _listen_tls(config: Config) -> ssl.SSLContext | None:
+    tls = config.listen_tls
+    if tls.cert_file is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(str(tls.cert_file), str(tls.key_file) if tls.key_file else None)
+    if tls.client_ca_file is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(str(tls.client_ca_file))
+    return context
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How a source last answered, for the body of /-/ready."""
+
+    text: str = "not asked yet"
+
+
+class App:
+    """The running service: the port, the schedule's workers, timers. `running` makes and ends it."""
+
+    investigation: Investigation
+    serving: Serving
+
+    def __init__(self, config: Config, store: Store, telemetry: Telemetry, remediation: Remediation) -> None:
+        self.config, self.store, self.telemetry = config, store, telemetry
+        self._remediation = remediation
+        self.intake = Intake(
+            store, max_requests=config.intake.max_requests, max_bytes=config.intake.max_bytes_in_flight
+        )
+        self.schedule = Schedule(config.intake.max_waiting, lambda tenant: [i.id for i in store.state.waiting(tenant)])
+        self._tasks: list[asyncio.Task[None]] = []
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._draining = False
+        self._alertmanager = _Seen("not configured")
+
+    async def start(self, edges: tuple[tuple[str, str], ...]) -> None:
+        """Journals the start, opens the port, then lets the investigations begin."""
+        await self.store.record(self._started(edges))
+        self.store.subscribe(self._on_record)
+        self.telemetry.on_scrape(self._sample)
+        options = Options(
+            guard=_guard(self.config),
+            max_body_bytes=self.config.intake.max_body_bytes,
+            on_webhook=self._on_webhook,
+        )
+        operations = Operations(self.store, self._remediation.runner)
+        web = build_app(
+            self.intake, self.store, operations, health=self.health, metrics=self.telemetry.render, options=options
+        )
+        self.serving = await serve_http(
+            web,
+            self.config.listen_host,
+            self.config.listen_port,
+            socket_path=self.config.control_socket,
+            tls=_listen_tls(self.config),
+        )
+        for incident in self.store.state.active():
+            self.schedule.offer(incident.tenant, incident.id)
+        workers = self.config.investigate.concurrency
+        self._tasks = [asyncio.create_task(self._work(), name=f"investigate {n}") for n in range(workers)]
+        if self.config.alertmanager.url and self.config.alertmanager.reconcile:
+            self._tasks.append(asyncio.create_task(self._reconcile(), name="reconcile"))
+
+    async def stop(self) -> None:
+        """Drains: 503 for webhooks, no new step; a running one may finish within the grace period."""
+        self._draining = True
+        self.serving.drain()
+        for timer in self._timers.values():
+            timer.cancel()
+        await _cancelled(self._tasks)
+        acting = list(self.investigation.acting.values())
+        if acting:
+            await asyncio.wait(acting, timeout=GRACE_SECONDS)
+        await _cancelled(acting)
+        await self.serving.close()
+
+    def _started(self, edges: tuple[tuple[str, str], ...]) -> AgentStarted:
+        config = self.config
+        return AgentStarted(
+            at=time.time(),
+            version=__version__,
+            pid=os.getpid(),
+            sandbox=sandbox.current().enforced_by,
+            autonomy=config.autonomy.default,
+            policy=FoldPolicy(
+                merge_seconds=config.merge.window_seconds,
+                reopen_seconds=config.merge.reopen_seconds,
+                service_label=config.service_labels[0],
+                neighbours=edges,
+                closed_seconds=config.journal.keep_days * 86400.0,
+                closed=config.journal.keep_incidents,
+            ),
+        )
+
+    # -- investigations
+
+    def _on_record(self, stored: Stored, changes: Changes) -> None:
+        for _ in changes.opened:
+            self.telemetry.incident_opened()
+        for id in changes.incidents:
+            self._offer(id)
+
+    def _offer(self, id: str) -> None:
+        incident = self.store.state.incident(id)
+        if incident is None or incident.final or self._draining:
+            return
+        if (timer := self._timers.pop(id, None)) is not None:
+            timer.cancel()
+        if not self.schedule.offer(incident.tenant, id) and incident.state is not IncidentState.OPEN:
+            # Only what is open is fetched from the journal when the queue has room; the others come back by time.
+            self.wake(id, time.time() + RETRY_SECONDS)
+
+    def wake(self, id: str, at: float) -> None:
+        """Look at the incident at that time (unix seconds), or earlier when something changes it."""
+        if (timer := self._timers.pop(id, None)) is not None:
+            timer.cancel()
+        if self._draining:
+            return
+        delay = max(0.0, at - time.time())
+        self._timers[id] = asyncio.get_running_loop().call_later(delay, self._offer, id)
+
+    async def _work(self) -> None:
+        """One slot: takes an incident, lets it go as far as it can, sets its alarm clock."""
+        while True:
+            id = await self.schedule.take()
+            try:
+                wake = await self.investigation.advance(id)
+                if wake is not None:
+                    self.wake(id, wake)
+            except JournalError as error:
+                logger.error("incident %s waits: %s", id, error)
+                self.wake(id, time.time() + RETRY_SECONDS)
+            finally:
+                self.schedule.done(id)
+
+    async def _reconcile(self) -> None:
+        """Until Alertmanager has answered once."""
+        while True:
+            try:
+                new, gone = await reconcile(self.config.alertmanager, self.store, self.intake, time.time())
+            except (ReconcileError, JournalError) as error:
+                if self._alertmanager.text != str(error):
+                    logger.warning("%s", error)
+                self._alertmanager.text = str(error)
+                await asyncio.sleep(RECONCILE_SECONDS)
+                continue
+            self._alertmanager.text = "reconciled"
+            logger.info("reconciled with Alertmanager: %d new alerts, %d no longer there", new, gone)
+            return
+
+    # -- what it says of itself
+
+    def _on_webhook(self, status: int, seconds: float, accepted: Accepted | None) -> None:
+        self.telemetry.webhook_request(status)
+        self.telemetry.observe("intake", seconds)
+        if accepted is not None:
+            self.telemetry.alerts(
+                accepted=accepted.accepted,
+                duplicates=accepted.duplicates,
+                quarantined=len(accepted.quarantined),
+            )
+
+    def health(self) -> dict[str, object]:
+        """The body of /-/ready. Ready is told while alerts can be made durable; the rest is for people."""
+        journal = self.store.health()
+        disk = shutil.disk_usage(self.config.state_dir)
+        capability = sandbox.current()
+        ready = not journal.unavailable and disk.free > MIN_FREE_BYTES
+        return {
+            "ready": ready,
+            "draining": self._draining,
+            "version": __version__,
+            "disk": {"free_bytes": disk.free, "total_bytes": disk.total},
+            "journal": {
+                "seq": journal.seq,
+                "bytes": journal.bytes,
+                "segments": journal.segments,
+                "lag_bytes": journal.backlog_bytes,
+                "lag_seconds": journal.lag_seconds,
+                "unavailable": journal.unavailable,
+                "torn": journal.torn,
+            },
+            "queue": {
+                "waiting": self.schedule.depth(),
+                "watermark": self.schedule.watermark,
+                "limit_per_tenant": self.config.intake.max_waiting,
+                "acting": len(self.investigation.acting),
+            },
+            "sources": {
+                "prometheus": self.config.prometheus.url or "not configured",
+                "alertmanager": self._alertmanager.text if self.config.alertmanager.url else "not configured",
+            },
+            "sandbox": {"enforced_by": capability.enforced_by, "reason": capability.reason},
+            "paused": self.store.state.is_paused,
+        }
+
+    def _sample(self) -> None:
+        state, journal = self.store.state, self.store.health()
+        by_state = dict.fromkeys((s.value for s in IncidentState), 0)
+        for incident in state.incidents.values():
+            by_state[incident.state.value] += 1
+        self.telemetry.set_incidents(by_state)
+        self.telemetry.set_queue(self.schedule.depths(), self.schedule.watermark)
+        breakers = [move.after for move in state.breakers.values()]
+        self.telemetry.set_breakers({s: breakers.count(s) for s in BreakerState})
+        self.telemetry.set_paused(state.is_paused)
+        self.telemetry.set_sandbox(sandbox.current().enforced_by)
+        self.telemetry.set_journal(
+            lag_bytes=journal.backlog_bytes,
+            size_bytes=journal.bytes,
+            segments=journal.segments,
+            last_fsync_seconds=journal.sync_seconds,
+        )
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,403 @@
+"""The whole story of one incident, on one page.
+
+`agent.app` calls `Investigation.advance` for every incident that changed, one call at a time per incident. It is
+level-triggered: each call looks at the folded incident, does the next thing, and records it, until the incident waits
+for something (a person, a time, a step that runs); it then answers when to look again. It keeps no memory of its own,
+so that after a crash the same function goes on from the journal.
+
+    open -> investigating: gather evidence, rank hypotheses -> diagnosed: ask the guard
+      -> suggested | awaiting_approval | acting | declined -> verifying: look at the series -> resolved | escalated
+
+"Resolved" from Alertmanager is a claim: it withdraws what has not begun and leads to verifying. Only series close an
+incident, or, where there are none to be had, the claim, and the story says so. Nothing is done here that is not
+announced in the journal first, and an exception here escalates the incident instead of losing it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from actions.model import Declined, Plan, Refusal
+from actions.runner import PlanOutcome
+from agent import log
+from agent.config import Config
+from agent.fold_model import FINAL, Incident, IncidentState
+from agent.journal.records import Diagnosed, IncidentMoved, Noted, PlanDeclined, PlanMade, Record
+from agent.journal.wal import JournalError
+from agent.remediation import Remediation
+from agent.situation import Situations
+from agent.store import Store
+from agent.telemetry import Telemetry
+from agent.verify import SeriesVerifier
+from rules.diagnose import diagnose
+from rules.model import Diagnosis, Situation
+from rules.packs import PackSet
+from rules.verify import Justification, justification_of, symptoms_of
+from sandbox.failpoint import failpoint
+
+logger = logging.getLogger("alertmedic.investigate")
+_I = IncidentState
+CLAIMABLE = frozenset({_I.OPEN, _I.INVESTIGATING, _I.DIAGNOSED, _I.SUGGESTED, _I.AWAITING_APPROVAL, _I.DECLINED})
+# The shortest legal way to `escalated` from each state.
+_WAY_OUT: dict[IncidentState, tuple[IncidentState, ...]] = {
+    _I.OPEN: (_I.ESCALATED,),
+    _I.INVESTIGATING: (_I.ESCALATED,),
+    _I.DIAGNOSED: (_I.DECLINED, _I.ESCALATED),
+    _I.SUGGESTED: (_I.ESCALATED,),
+    _I.AWAITING_APPROVAL: (_I.DECLINED, _I.ESCALATED),
+    _I.ACTING: (_I.ESCALATED,),
+    _I.DECLINED: (_I.ESCALATED,),
+    _I.VERIFYING: (_I.ESCALATED,),
+}
+RETRY_SECONDS = 5.0  # after the journal was unavailable
+WEAK = frozenset({Refusal.LOW_POSTERIOR, Refusal.LOW_MARGIN})
+
+
+@dataclass(slots=True)
+class Investigation:
+    """What an investigation works with. `advance` is the only way in."""
+
+    config: Config
+    packs: PackSet
+    store: Store
+    situations: Situations
+    remediation: Remediation
+    verifier: SeriesVerifier
+    telemetry: Telemetry
+    wake: Callable[[str, float], None]  # look at the incident again at that time
+    clock: Callable[[], float] = time.time
+    acting: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _cancel: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    async def advance(self, id: str) -> float | None:
+        """Do what can be done for the incident now. Answers when to look again (unix seconds), None: when it changes.
+
+        Raises only what the journal raises; any other failure escalates the incident, with its reason in the story.
+        """
+        with log.incident(id):
+            try:
+                return await self._advance(id)
+            except JournalError:
+                raise
+            except Exception as error:  # noqa: BLE001 - one of the two places: an incident is never lost to a bug
+                await self._broken(id, error)
+                return None
+
+    async def _advance(self, id: str) -> float | None:
+        while True:
+            incident = self.store.state.incident(id)
+            if incident is None or incident.final:
+                return None
+            if not incident.firing and incident.state in CLAIMABLE:
+                await self._move(incident, _I.VERIFYING, "Alertmanager says resolved; the series will tell")
+                continue
+            before = incident.updated_seq
+            wake = await self._steps[incident.state](self, incident)
+            after = self.store.state.incident(id)
+            if after is None or after.updated_seq == before:
+                return wake
+
+    # -- one function per state; each records what it did, or answers when to look again ------------------------------
+
+    async def _open(self, incident: Incident) -> float | None:
+        await self._move(incident, _I.INVESTIGATING, "")
+        return None
+
+    async def _investigating(self, incident: Incident) -> float | None:
+        """Evidence, then the ranking: one record, so that a crash leaves both or neither."""
+        failpoint("investigate_before_evidence")
+        begun = time.perf_counter()
+        with self.telemetry.stage("evidence", incident.id, incident.traceparent):
+            situation = await self.situations.of(incident, self.store.state)
+        for evidence in situation.evidence:
+            self.telemetry.evidence(evidence.source, missing=evidence.missing is not None)
+        failpoint("investigate_after_evidence")
+        gathered = time.perf_counter()
+        with self.telemetry.stage("diagnosis", incident.id, incident.traceparent):
+            diagnosis, justification = await asyncio.to_thread(self._rank, situation)
+        self.telemetry.hypotheses_generated(len(diagnosis.hypotheses))
+        failpoint("investigate_before_diagnosed")
+        now = self.clock()
+        await self._record(
+            Diagnosed(
+                at=now,
+                incident=incident.id,
+                diagnosis=diagnosis,
+                evidence_seconds=gathered - begun,
+                diagnosis_seconds=time.perf_counter() - gathered,
+                evidence_at=situation.until,
+                justification=justification,
+            ),
+            self._moved(incident, _I.DIAGNOSED, diagnosis.sentence, at=now),
+        )
+        failpoint("investigate_after_diagnosed")
+        return None
+
+    async def _diagnosed(self, incident: Incident) -> float | None:
+        """The guard's word on the best proposal; a weak answer is looked at again while there are rounds left."""
+        if incident.has_news:
+            await self._move(incident, _I.INVESTIGATING, "more alerts came in")
+            return None
+        diagnosis = incident.diagnosis
+        again = incident.rounds < self.config.investigate.rounds
+        due = incident.evidence_at + self.config.investigate.round_seconds
+        if diagnosis is None or diagnosis.best is None:
+            if again:
+                return await self._again(incident, due, "the evidence was insufficient")
+            refused = Declined(reason=Refusal.NO_PROPOSAL, detail="the evidence is insufficient")
+            await self._decline(incident, refused)
+            return None
+        with self.telemetry.stage("plan", incident.id, incident.traceparent):
+            plan = await self.remediation.consider(incident)
+        if isinstance(plan, Declined):
+            if plan.reason is Refusal.STALE_EVIDENCE:
+                return await self._again(incident, due, "the evidence had grown old")
+            await self._decline(incident, plan)
+            return None
+        if again and WEAK & set(plan.demoted_by):
+            return await self._again(incident, due, "no hypothesis stands clear enough")
+        await self._plan(incident, plan)
+        return None
+
+    async def _plan(self, incident: Incident, plan: Plan) -> None:
+        state = {"auto": _I.ACTING, "approve": _I.AWAITING_APPROVAL}.get(plan.autonomy, _I.SUGGESTED)
+        reason = "; ".join(plan.notes) if state is not _I.ACTING else plan.reason
+        refusal = plan.demoted_by[0] if plan.demoted_by else None
+        failpoint("investigate_before_plan")
+        await self._record(
+            PlanMade(at=self.clock(), plan=plan),
+            self._moved(incident, state, reason, refusal if state is not _I.ACTING else None),
+        )
+        failpoint("investigate_after_plan")
+
+    async def _suggested(self, incident: Incident) -> float | None:
+        if incident.has_news:
+            await self._move(incident, _I.INVESTIGATING, "more alerts came in")
+            return None
+        expires = incident.plan.expires_at if incident.plan else 0.0
+        if self.clock() < expires:
+            return expires
+        await self._move(incident, _I.ESCALATED, "nobody took the suggestion", incident.refusal)
+        return None
+
+    async def _awaiting_approval(self, incident: Incident) -> float | None:
+        plan = incident.plan
+        if incident.plan_state == "rejected":
+            refused = Declined(reason=Refusal.APPROVAL_REJECTED, detail="a person rejected the plan")
+            await self._decline(incident, refused)
+            return None
+        if plan is None or self.clock() >= plan.expires_at:
+            refused = Declined(reason=Refusal.APPROVAL_EXPIRED, detail="nobody approved the plan in time")
+            await self._decline(incident, refused)
+            return None
+        if incident.plan_state != "approved":
+            return plan.expires_at
+        if (refusal := self.remediation.recheck(incident)) is not None:
+            await self._decline(incident, refusal)
+            return None
+        await self._move(incident, _I.ACTING, "approved")
+        return None
+
+    async def _acting(self, incident: Incident) -> float | None:
+        """The steps run in a task of their own: a slot of the schedule is not held for them."""
+        if not incident.firing and (cancel := self._cancel.get(incident.id)) is not None:
+            cancel.set()
+        if incident.id not in self.acting:
+            cancel = self._cancel[incident.id] = asyncio.Event()
+            if not incident.firing:
+                cancel.set()
+            task = asyncio.create_task(self._act(incident.id, cancel), name=f"act {incident.id}")
+            self.acting[incident.id] = task
+        return None
+
+    async def _declined(self, incident: Incident) -> float | None:
+        if incident.has_news:
+            await self._move(incident, _I.INVESTIGATING, "more alerts came in")
+            return None
+        await self._move(incident, _I.ESCALATED, incident.reason or "nothing may be done here", incident.refusal)
+        return None
+
+    async def _verifying(self, incident: Incident) -> float | None:
+        """One look at the series. They decide; a claim without any series to look at is believed, and said to be."""
+        claimed = max((a.ends_at or a.starts_at for a in incident.alerts.values()), default=incident.updated_at)
+        if incident.justification is None:
+            situation = await self.situations.of(incident, self.store.state)
+            justification = await asyncio.to_thread(symptoms_of, situation, self.packs)
+            if not justification.series:
+                seen = any(evidence.frame.ids for evidence in situation.evidence)
+                what = "and no series of the symptom is bad" if seen else "and there are no series to look at"
+                await self._move(incident, _I.RESOLVED, f"Alertmanager says resolved, {what}")
+                return None
+            verdict = await self.verifier.judged(incident, justification, claimed)
+        else:
+            verdict = await self.verifier.look(incident, claimed)
+        if verdict.recovered:
+            await self._move(incident, _I.RESOLVED, verdict.text)
+            return None
+        now = self.clock()
+        due = incident.moved_at + self.config.verify.deadline_seconds
+        if incident.firing and incident.rounds < self.config.investigate.rounds:
+            await self._move(incident, _I.INVESTIGATING, f"not recovered: {verdict.text}")
+            return None
+        if now < due:
+            return min(due, now + self.config.verify.poll_seconds)
+        if incident.rounds < self.config.investigate.rounds:
+            await self._move(incident, _I.INVESTIGATING, f"said to be resolved, but {verdict.text}")
+            return None
+        await self._move(incident, _I.ESCALATED, f"not verified: {verdict.text}")
+        return None
+
+    # -- what the states share ---------------------------------------------------------------------------------------
+
+    def _rank(self, situation: Situation) -> tuple[Diagnosis, Justification]:
+        """Pure work, off the loop. The justification is the best hypothesis', or the symptom's alone."""
+        diagnosis = diagnose(situation, self.packs)
+        best = diagnosis.best
+        if best is None:
+            return diagnosis, symptoms_of(situation, self.packs)
+        return diagnosis, justification_of(situation, best, self.packs)
+
+    async def _again(self, incident: Incident, due: float, why: str) -> float | None:
+        """Another round of investigation, not before `due`."""
+        if self.clock() < due:
+            return due
+        await self._move(incident, _I.INVESTIGATING, f"{why}: looking again")
+        return None
+
+    async def _decline(self, incident: Incident, declined: Declined) -> None:
+        self.telemetry.refused(declined.reason)
+        await self._record(
+            PlanDeclined(
+                at=self.clock(),
+                incident=incident.id,
+                action=declined.action,
+                refusal=declined.reason,
+                detail=declined.detail,
+            ),
+            self._moved(incident, _I.DECLINED, declined.detail, declined.reason),
+        )
+
+    def _moved(
+        self,
+        incident: Incident,
+        after: IncidentState,
+        reason: str,
+        refusal: Refusal | None = None,
+        at: float | None = None,
+    ) -> IncidentMoved:
+        return IncidentMoved(
+            at=self.clock() if at is None else at,
+            incident=incident.id,
+            before=incident.state,
+            after=after,
+            reason=reason,
+            refusal=refusal,
+        )
+
+    async def _move(
+        self, incident: Incident, after: IncidentState, reason: str, refusal: Refusal | None = None
+    ) -> None:
+        await self._record(self._moved(incident, after, reason, refusal))
+        if after in FINAL:
+            self._ended(incident.id, after)
+
+    async def _record(self, *records: Record) -> None:
+        with self.telemetry.stage("journal_append"):
+            await self.store.record(*records)
+
+    def _ended(self, id: str, state: IncidentState) -> None:
+        incident = self.store.state.incident(id)
+        logger.info("incident %s: %s", id, incident.reason if incident else "", extra={"state": state})
+        if incident is None or self.telemetry.tracing is None:
+            return
+        best = incident.diagnosis.best if incident.diagnosis else None
+        self.telemetry.tracing.incident_ended(
+            id,
+            incident.traceparent,
+            opened_at=incident.opened_at,
+            ended_at=incident.closed_at or self.clock(),
+            attributes={"incident.state": state, "incident.cause": best.cause if best else ""},
+            ok=state is _I.RESOLVED,
+        )
+
+    # -- acting: a task of its own per incident ----------------------------------------------------------------------
+
+    async def _act(self, id: str, cancel: asyncio.Event) -> None:
+        incident = self.store.state.incident(id)
+        if incident is None:
+            return
+        with log.incident(id):
+            await self._act_named(id, incident, cancel)
+
+    async def _act_named(self, id: str, incident: Incident, cancel: asyncio.Event) -> None:
+        try:
+            self.telemetry.healing_started()
+            outcome = await self.remediation.run(incident, cancel)
+            await self._acted(id, outcome)
+        except JournalError as error:
+            # What was not recorded did not happen, as far as the state goes: the next look recovers from the last move.
+            logger.error("incident %s: %s", id, error)
+            self.wake(id, self.clock() + RETRY_SECONDS)
+        except Exception as error:  # noqa: BLE001 - the same place, in the task that acts
+            await self._broken(id, error)
+        finally:
+            self.acting.pop(id, None)
+            self._cancel.pop(id, None)
+
+    async def _acted(self, id: str, outcome: PlanOutcome) -> None:
+        incident = self.store.state.incident(id)
+        if incident is None or incident.state is not _I.ACTING:
+            return
+        if outcome.result == "interrupted":
+            # The journal did not take a move: the next look recovers from the last one that it did take.
+            logger.error("%s", outcome.reason)
+            self.wake(id, self.clock() + RETRY_SECONDS)
+            return
+        if outcome.result in {"cancelled", "denied", "expired"}:
+            refusal = outcome.refusal or Refusal.RESOLVED_BEFORE_START
+            await self._decline(incident, Declined(reason=refusal, detail=outcome.reason))
+            return
+        recovered = outcome.result == "verified"
+        self.telemetry.healing_ended(recovered=recovered)
+        if not recovered:
+            await self._move(incident, _I.ESCALATED, outcome.reason, outcome.refusal)
+            return
+        self.telemetry.hypothesis_successful()
+        await self._move(incident, _I.VERIFYING, "the steps ran, and the series are good again")
+        failpoint("investigate_after_verifying")
+        if (verifying := self.store.state.incident(id)) is not None:
+            await self._move(verifying, _I.RESOLVED, outcome.reason)
+
+    async def _broken(self, id: str, error: Exception) -> None:
+        """Our own failure is an incident's end like any other: told, and a person gets it."""
+        logger.exception("incident %s: the investigation failed", id)
+        incident = self.store.state.incident(id)
+        if incident is None or incident.final:
+            return
+        reason = f"the investigation failed: {type(error).__name__}: {error}"[:500]
+        if incident.unsettled:
+            await self._record(Noted(at=self.clock(), incident=id, text=reason))
+            self.wake(id, self.clock() + RETRY_SECONDS)
+            return
+        for state in _WAY_OUT[incident.state]:
+            current = self.store.state.incident(id)
+            if current is not None and not current.final:
+                await self._move(current, state, reason)
+
+    _steps: dict[IncidentState, Callable[[Investigation, Incident], Awaitable[float | None]]] = field(
+        init=False,
+        default_factory=lambda: {
+            _I.OPEN: Investigation._open,
+            _I.INVESTIGATING: Investigation._investigating,
+            _I.DIAGNOSED: Investigation._diagnosed,
+            _I.SUGGESTED: Investigation._suggested,
+            _I.AWAITING_APPROVAL: Investigation._awaiting_approval,
+            _I.ACTING: Investigation._acting,
+            _I.DECLINED: Investigation._declined,
+            _I.VERIFYING: Investigation._verifying,
+        },
+    )

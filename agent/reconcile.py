@@ -1,0 +1,166 @@
+"""Compares what the journal holds to be firing with what Alertmanager does: on start, since an alert that fired or
+resolved while the agent was down is never sent again.
+
+Called by `agent.app` once after the start, and again while Alertmanager does not answer. What is new goes through
+`agent.intake` like a webhook; an alert that Alertmanager no longer holds is recorded as "resolved", which is a claim
+that the series have to confirm. It never closes an incident.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+import orjson
+import yarl
+
+from agent.alerts import PayloadError, alert_digest, parse_payload
+from agent.config import Alertmanager
+from agent.fold_state import State
+from agent.intake import Intake
+from agent.journal.records import AlertsReceived
+from agent.store import Store
+from rules.model import Alert
+
+MAX_BYTES = 64 * 1024 * 1024
+ZERO_TIME = "0001-01-01T00:00:00Z"
+
+
+class ReconcileError(Exception):
+    """Alertmanager did not answer, or not with alerts. The text says what to look at."""
+
+
+async def reconcile(config: Alertmanager, store: Store, intake: Intake, now: float) -> tuple[int, int]:
+    """Asks once. Returns (alerts that were new, alerts that are claimed to have resolved). Raises ReconcileError, and
+    JournalError when nothing can be recorded."""
+    held = await _held(config)
+    tenant = config.tenant
+    firing = {str(entry.get("fingerprint", "")): entry for entry in held}
+    known = _firing(store.state, tenant)
+    fresh = [entry for fingerprint, entry in firing.items() if fingerprint not in known]
+    new = 0
+    for (receiver, name), entries in _grouped(fresh).items():
+        body = orjson.dumps(
+            {
+                "version": "4",
+                "groupKey": f'reconcile:{{alertname="{name}"}}',
+                "status": "firing",
+                "receiver": receiver,
+                "groupLabels": {},
+                "commonLabels": {},
+                "commonAnnotations": {},
+                "externalURL": config.url,
+                "truncatedAlerts": 0,
+                "alerts": entries,
+            }
+        )
+        try:
+            accepted = await intake.take(parse_payload(body, tenant), source="reconcile")
+        except PayloadError as error:
+            raise ReconcileError(f"reconcile with {config.url}: alert {name!r:.100}: {error}") from error
+        new += accepted.accepted
+    gone = [alert for fingerprint, alert in known.items() if fingerprint not in firing]
+    if gone:
+        await store.record(_claims(gone, tenant, config.url, now))
+    return new, len(gone)
+
+
+def _firing(state: State, tenant: str) -> dict[str, Alert]:
+    """What the live incidents of the tenant hold to be firing, by fingerprint."""
+    return {a.fingerprint: a for i in state.active() if i.tenant == tenant for a in i.firing}
+
+
+def _claims(gone: list[Alert], tenant: str, url: str, now: float) -> AlertsReceived:
+    ended = datetime.fromtimestamp(now, UTC).isoformat()
+    return AlertsReceived(
+        at=now,
+        tenant=tenant,
+        receiver="",
+        group_key="",
+        external_url=url,
+        source="reconcile",
+        alerts=tuple(
+            Alert(
+                tenant=tenant,
+                fingerprint=alert.fingerprint,
+                status="resolved",
+                labels=alert.labels,
+                annotations=alert.annotations,
+                starts_at=alert.starts_at,
+                ends_at=now,
+                generator_url=alert.generator_url,
+                digest=alert_digest("resolved", "", ended, alert.labels, alert.annotations),
+            )
+            for alert in gone
+        ),
+    )
+
+
+def _grouped(entries: list[Mapping[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Entries of the v2 API in the webhook's shape, by (receiver, alertname)."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in entries:
+        labels = entry.get("labels")
+        name = str(labels.get("alertname", "")) if isinstance(labels, dict) else ""
+        receivers = entry.get("receivers")
+        first = receivers[0] if isinstance(receivers, list) and receivers else {}
+        receiver = str(first.get("name", "")) if isinstance(first, dict) else ""
+        alert = {
+            "status": "firing",
+            "labels": labels,
+            "annotations": entry.get("annotations") or {},
+            "startsAt": entry.get("startsAt"),
+            "endsAt": ZERO_TIME,
+            "generatorURL": entry.get("generatorURL", ""),
+            "fingerprint": entry.get("fingerprint"),
+        }
+        groups.setdefault((receiver, name), []).append(alert)
+    return groups
+
+
+async def _held(config: Alertmanager) -> list[Mapping[str, Any]]:
+    """The alerts that Alertmanager holds to be active and would send: neither silenced nor inhibited."""
+    url = yarl.URL(config.url) / "api/v2/alerts"
+    query = {"active": "true", "silenced": "false", "inhibited": "false", "unprocessed": "false"}
+    headers: dict[str, str] = {}
+    if config.bearer_token_file is not None:
+        headers["Authorization"] = f"Bearer {config.bearer_token_file.current()}"
+    elif config.basic is not None:
+        auth = aiohttp.BasicAuth(config.basic.username, config.basic.password_file.current(), "utf-8")
+        headers["Authorization"] = auth.encode()
+    timeout = aiohttp.ClientTimeout(total=config.timeout_seconds)
+    try:
+        connector = aiohttp.TCPConnector(ssl=_tls(config) if url.scheme == "https" else True)
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session,
+            session.get(url, params=query, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise ReconcileError(f"reconcile with {config.url}: HTTP {response.status}; is it an Alertmanager?")
+            body = await response.content.read(MAX_BYTES + 1)
+            while len(body) <= MAX_BYTES and not response.content.at_eof():
+                body += await response.content.read(MAX_BYTES + 1 - len(body))
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        raise ReconcileError(f"reconcile with {config.url}: no answer: {reason}; it is asked again") from error
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ReconcileError(f"reconcile with {config.url}: no JSON: {error}") from error
+    if not isinstance(answer, list) or not all(isinstance(entry, dict) for entry in answer):
+        raise ReconcileError(f"reconcile with {config.url}: expected a list of alerts")
+    return answer
+
+
+def _tls(config: Alertmanager) -> ssl.SSLContext:
+    tls = config.tls
+    context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
+    if tls.cert_file:
+        context.load_cert_chain(str(tls.cert_file), str(tls.key_file) if tls.key_file else None)
+    if tls.insecure_skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

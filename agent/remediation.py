@@ -1,0 +1,187 @@
+"""From the best hypothesis to a plan, and from a plan to its outcome: what `actions` needs of the world, handed to it.
+
+Called by `agent.investigate`. Exists because `actions` knows no journal and no incident: here the folded state becomes
+the guard's context, the store becomes the runner's ledger, and the sandbox gets its environment. It decides nothing:
+the gates are in `actions.guard`, the moves in `actions.runner`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping
+
+import sandbox
+from actions import breaker, guard
+from actions.catalog import Catalog
+from actions.guard import GuardContext, PastAction
+from actions.model import BreakerMoved, Declined, Plan, Refusal, StepMoved
+from actions.policy import HOUR
+from actions.runner import PlanOutcome, Runner, RunnerSettings
+from agent.config import Config
+from agent.fold_model import Incident
+from agent.journal.records import BreakerRecorded, StepRecorded
+from agent.snapshot import FaultSnapshots
+from agent.store import Store
+from agent.telemetry import Telemetry
+from agent.verify import SeriesVerifier
+from sandbox.model import Limits, RunResult
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Ledger:
+    """The runner's ledger: a move is recorded when `store.record` returns, which is when it is durable."""
+
+    def __init__(self, store: Store, telemetry: Telemetry) -> None:
+        self._store = store
+        self._telemetry = telemetry
+
+    async def record_step(self, move: StepMoved) -> None:
+        await self._store.record(StepRecorded(move=move))
+        if move.result is not None:
+            self._telemetry.sandbox_run(move.result)
+            self._telemetry.observe("step_run", move.result.seconds)
+
+    async def record_breaker(self, move: BreakerMoved) -> None:
+        await self._store.record(BreakerRecorded(move=move))
+
+
+class Remediation:
+    """`consider` makes a plan or says why not, `recheck` asks again what time may change, `run` carries it out."""
+
+    def __init__(
+        self,
+        config: Config,
+        catalog: Catalog,
+        store: Store,
+        verifier: SeriesVerifier,
+        telemetry: Telemetry,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config, self._catalog, self._store, self._telemetry = config, catalog, store, telemetry
+        self._clock = clock
+        snapshots = FaultSnapshots(config.state_dir / "snapshots", config.inventory_strings, clock)
+        settings = RunnerSettings(
+            protection=config.sandbox.protection,
+            breaker=config.breaker,
+            secrets=self._secrets(),
+            environment=self._plan_environment,
+            permit=self._permit,
+            snapshot=snapshots.take,
+        )
+        ledger = Ledger(store, telemetry)
+        self.runner = Runner(ledger, sandbox, verifier, clock, settings, store.state.breakers.values())
+
+    async def consider(self, incident: Incident) -> Plan | Declined:
+        """The plan for the best hypothesis: its proposals are tried in order, the first that can be planned counts.
+        Without one, the refusal of the last."""
+        diagnosis = incident.diagnosis
+        best = diagnosis.best if diagnosis else None
+        if best is None:
+            return Declined(reason=Refusal.NO_PROPOSAL, detail="no hypothesis stands clear")
+        refused = Declined(
+            reason=Refusal.NO_PROPOSAL, detail=f"{best.title}: no safe remedy is known, a person has to look at it"
+        )
+        for proposal in best.proposals:
+            plan = await guard.consider(proposal, self._catalog, self.context(incident), self._reader(incident))
+            if isinstance(plan, Plan):
+                return plan
+            refused = plan
+        return refused
+
+    def recheck(self, incident: Incident) -> Declined | None:
+        """The gates that time may have closed since the plan was made."""
+        plan = incident.plan
+        if plan is None or not plan.steps:
+            return Declined(reason=Refusal.NO_PROPOSAL, detail="there is no plan")
+        return guard.recheck(plan, self._catalog.get(plan.steps[0].action), self.context(incident))
+
+    async def run(self, incident: Incident, cancelled: asyncio.Event) -> PlanOutcome:
+        """Runs the incident's plan; after a crash goes on from the journalled moves, never repeating blindly."""
+        plan = incident.plan
+        if plan is None:
+            raise ValueError(f"remediation: incident {incident.id} has no plan")
+        moves = [move for step in incident.steps for move in step.moves]
+        if moves:
+            return await self.runner.recover(plan, moves, cancelled)
+        return await self.runner.run(plan, cancelled)
+
+    def context(self, incident: Incident) -> GuardContext:
+        """The world as the gates see it, now."""
+        state, diagnosis = self._store.state, incident.diagnosis
+        best = diagnosis.best if diagnosis else None
+        now = self._clock()
+        busy = state.busy_targets()
+        horizon = max(HOUR, self._config.guard.cooldown_seconds)
+        history = tuple(
+            PastAction(
+                action=past.action,
+                target=past.target,
+                service=past.service,
+                incident=past.incident,
+                at=past.at,
+                active=busy.get(past.target) == past.incident,
+            )
+            for past in state.action_starts(since=now - horizon)
+        )
+        return GuardContext(
+            now=now,
+            incident=incident.id,
+            cause=best.cause if best else "",
+            posterior=best.posterior if best else 0.0,
+            margin=diagnosis.margin if diagnosis else 0.0,
+            firing=bool(incident.firing),
+            evidence_at=incident.evidence_at,
+            policy=self._config.guard_policy,
+            inventory=self._config.inventory_strings,
+            enforced_by=sandbox.current().enforced_by,
+            alerts=tuple(sorted({alert.name for alert in incident.firing})),
+            tenant=incident.tenant,
+            environment=self._config.environment,
+            paused=state.is_paused,
+            opened=tuple(i.opened_at for i in state.incidents.values()),
+            history=history,
+            breakers={key: breaker.restore(move) for key, move in state.breakers.items()},
+            secrets=self._secrets(),
+        )
+
+    def _permit(self, plan: Plan, step: int) -> Declined | None:
+        """Asked by the runner before each step: the gates at the moment of acting."""
+        incident = self._store.state.incident(plan.incident)
+        if incident is None or incident.plan is None or incident.plan.id != plan.id:
+            return Declined(reason=Refusal.APPROVAL_STALE, detail="the incident has another plan by now")
+        return self.recheck(incident)
+
+    def _secrets(self) -> dict[str, str]:
+        """The variables of our own environment that an action of the catalogue names."""
+        names = {secret.name for definition in self._catalog for secret in definition.environment}
+        return {name: os.environ[name] for name in names if name in os.environ}
+
+    def _reader(self, incident: Incident) -> guard.SandboxRun:
+        """Runs the read-only look-ups of a plan in the making."""
+
+        async def read(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str]) -> RunResult:
+            return await sandbox.run(
+                argv,
+                limits,
+                env={**self._environment(incident), **secrets},
+                user=self._config.sandbox.user,
+                protection=self._config.sandbox.protection,
+            )
+
+        return read
+
+    def _plan_environment(self, plan: Plan) -> Mapping[str, str]:
+        incident = self._store.state.incident(plan.incident)
+        return self._environment(incident) if incident is not None else {"PATH": PATH}
+
+    def _environment(self, incident: Incident) -> dict[str, str]:
+        """What a sandboxed process gets besides its secrets: a fixed path, and the trace to continue."""
+        environment = {"PATH": PATH, "LANG": "C.UTF-8"}
+        tracing = self._telemetry.tracing
+        if tracing is not None:
+            environment["TRACEPARENT"] = tracing.traceparent_for(incident.id, incident.traceparent)
+        return environment
