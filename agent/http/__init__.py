@@ -1,0 +1,1 @@
+"""The HTTP port: authentication, bounded bodies, status codes. It decides nothing about alerts or incidents."""

@@ -1,0 +1,349 @@
+"""The HTTP port: one webhook, health, metrics and the API, on TCP and on the Unix socket of the state directory.
+
+Built by `agent.app`. Exists to turn requests into calls of `agent.intake` and `agent.http.api`, and what they return or
+raise into status codes; every answer is JSON, an error is `{"error":{"reason","path","hint"}}`. It authenticates before
+it reads a byte of a body, bounds what it reads in size and time, and decides nothing itself.
+
+It runs on aiohttp's low-level server: paths are looked up in a table, what every request needs is a few lines in the
+handler, and the webhook's 200 leaves in one write. That halves what aiohttp costs a request (bench/webhook.py).
+Overload and an unavailable journal are 503 with Retry-After, never 429: Alertmanager repeats on 5xx only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import orjson
+from aiohttp import HttpVersion11, web
+
+from agent.alerts import PayloadError, check_tenant
+from agent.http.api import Api, Handler, Operations
+from agent.http.auth import CHALLENGE, AccessError, Guard
+from agent.http.body import JSON, RequestError, check_type, encoding, read_body, too_large, unpack
+from agent.intake import Accepted, Intake, NothingGoodError, OverloadedError, Quarantined
+from agent.journal.wal import JournalError
+from agent.store import Store
+from sandbox.failpoint import failpoint
+
+MIB: Final = 1024 * 1024
+EXPECTED: Final = (PayloadError, AccessError, OverloadedError, JournalError, RequestError)
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+Health = Callable[[], Mapping[str, object]]
+Metrics = Callable[[], tuple[bytes, str]]
+Observer = Callable[[int, float, Accepted | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the port behaves. `on_webhook(status, seconds, accepted)` is told of each webhook; it must not raise."""
+
+    guard: Guard = field(default_factory=Guard)
+    max_body_bytes: int = 8 * MIB  # as sent, and after decompression
+    read_seconds: float = 10.0  # for a whole body
+    retry_seconds: int = 5  # Retry-After of a 503
+    on_webhook: Observer | None = None
+
+
+class Webhook:
+    """`POST /webhook[/{tenant}]`. `draining` set: 503, the sender comes again after the restart."""
+
+    def __init__(self, intake: Intake, options: Options) -> None:
+        self._intake = intake
+        self._options = options
+        self.draining = False
+
+    async def __call__(self, request: web.BaseRequest, tenant: str) -> web.StreamResponse:
+        begin = time.perf_counter()
+        accepted: Accepted | None = None
+        response: web.StreamResponse
+        try:
+            accepted = await self._receive(request, tenant)
+            failpoint("intake_before_response")
+            response = _ok(request, _accepted(accepted))
+        except EXPECTED as error:
+            response = error_reply(error, self._options.retry_seconds)
+        if self._options.on_webhook is not None:
+            self._options.on_webhook(response.status, time.perf_counter() - begin, accepted)
+        return response
+
+    async def _receive(self, request: web.BaseRequest, tenant: str) -> Accepted:
+        caller = self._options.guard.admit(request, "webhook")
+        if tenant != "default":
+            check_tenant(tenant)
+        if not caller.sees(tenant):
+            raise AccessError(403, f"{caller.name} may not post for tenant {tenant!r}", "add it to the credential")
+        if self.draining:
+            raise OverloadedError("the service is shutting down")
+        headers = request.headers
+        check_type(headers.get("Content-Type", ""))
+        packed = "Content-Encoding" in headers and encoding(request) == "gzip"
+        most = self._options.max_body_bytes
+        size = request.content_length or 0
+        if size > most:
+            raise too_large(most)
+        self._intake.enter(size)
+        try:
+            body = await read_body(request, most, self._options.read_seconds)
+            if packed:
+                body = unpack(body, most)
+            if len(body) > size:
+                self._intake.hold(len(body) - size)
+                size = len(body)
+            parent = traceparent(headers.getall("traceparent")) if "traceparent" in headers else ""
+            return await self._intake.receive(tenant, body, parent)
+        finally:
+            self._intake.leave(size)
+
+
+class App:
+    """Every path of the port. Called by aiohttp for each request; see `serve`."""
+
+    def __init__(self, webhook: Webhook, routes: Mapping[str, Mapping[str, Handler]], options: Options) -> None:
+        self.webhook = webhook
+        self._options = options
+        self._plain = {path: methods for path, methods in routes.items() if "*" not in path}
+        self._patterns = [
+            (re.compile(re.escape(path).replace(r"\*", "([^/]+)")), methods)
+            for path, methods in routes.items()
+            if "*" in path
+        ]
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.raw_path == "/webhook" and request.method == "POST":
+            return await self.webhook(request, "default")
+        try:
+            methods, named = self._find(request.path)
+            handler = methods.get("GET" if request.method == "HEAD" else request.method)
+            if handler is None:
+                raise RequestError(405, f"{request.method} is not allowed here", allow=", ".join(methods))
+            return await handler(request, named)
+        except EXPECTED as error:
+            return error_reply(error, self._options.retry_seconds)
+
+    def _find(self, path: str) -> tuple[Mapping[str, Handler], str]:
+        """The handlers of a path, and what it names (the tenant or the incident)."""
+        if (methods := self._plain.get(path)) is not None:
+            return methods, "default" if path == "/webhook" else ""
+        for pattern, methods in self._patterns:
+            if (matched := pattern.fullmatch(path)) is not None:
+                return methods, matched[1]
+        raise RequestError(404, f"no such path: {path[:200]}", path[:200], "docs/webhook.md lists them")
+
+
+def build_app(
+    intake: Intake,
+    store: Store,
+    operations: Operations,
+    *,
+    health: Health,
+    metrics: Metrics,
+    options: Options | None = None,
+) -> App:
+    """The whole port. `health()` is the body of /-/ready and must hold `ready` (false: 503); `metrics()` gives the
+    exposition and its content type."""
+    options = options or Options()
+    webhook = Webhook(intake, options)
+
+    async def healthy(request: web.BaseRequest, _: str) -> web.StreamResponse:
+        return _reply(200, b'{"status":"ok"}')
+
+    async def ready(request: web.BaseRequest, _: str) -> web.StreamResponse:
+        body = dict(health())
+        body["draining"] = webhook.draining or bool(body.get("draining"))
+        body["ready"] = body.get("ready") is True and not body["draining"]
+        return _reply(200 if body["ready"] else 503, orjson.dumps(body, default=str))
+
+    async def exposition(request: web.BaseRequest, _: str) -> web.StreamResponse:
+        options.guard.admit(request, "read")
+        body, kind = metrics()
+        return web.Response(body=body, headers={"Content-Type": kind})
+
+    routes: dict[str, dict[str, Handler]] = {
+        "/webhook": {"POST": webhook},
+        "/webhook/*": {"POST": webhook},
+        "/-/healthy": {"GET": healthy},
+        "/-/ready": {"GET": ready},
+        "/metrics": {"GET": exposition},
+        **Api(store, operations, options.guard, options.read_seconds).routes(),
+    }
+    return App(webhook, routes, options)
+
+
+@dataclass(slots=True)
+class Serving:
+    """A running port. `addresses` are what TCP listens on, (host, port)."""
+
+    runner: web.ServerRunner
+    webhook: Webhook
+    addresses: list[tuple[str, int]]
+    socket_path: Path | None
+
+    def drain(self) -> None:
+        """From now on webhooks and /-/ready answer 503; requests under way go on."""
+        self.webhook.draining = True
+
+    async def close(self) -> None:
+        """Waits for requests under way (bounded), then closes every connection."""
+        self.drain()
+        await self.runner.cleanup()
+        if self.socket_path is not None:
+            self.socket_path.unlink(missing_ok=True)
+
+
+async def serve(
+    app: App,
+    host: str,
+    port: int,
+    *,
+    socket_path: Path | None = None,
+    tls: ssl.SSLContext | None = None,
+    shutdown_seconds: float = 10.0,
+) -> Serving:
+    """Listens on `host`:`port` (0: any free one) and, without TLS, on the Unix socket `socket_path` (mode 0600).
+
+    Raises OSError when an address cannot be bound; then nothing listens.
+    """
+    server = web.Server(
+        app,
+        access_log=None,
+        auto_decompress=False,  # aiohttp would unpack without a bound on the result
+        keepalive_timeout=330.0,  # Go clients drop an idle connection after five minutes; ends a head that never comes
+        lingering_time=2.0,  # how long the rest of a refused body is read, so that its sender sees the answer
+    )
+    runner = web.ServerRunner(server, shutdown_timeout=shutdown_seconds)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, ssl_context=tls, backlog=1024).start()
+        addresses = [(str(a[0]), int(a[1])) for a in runner.addresses]
+        if socket_path is not None:
+            await web.SockSite(runner, _unix_socket(socket_path)).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return Serving(runner, app.webhook, addresses, socket_path)
+
+
+def _unix_socket(path: Path) -> socket.socket:
+    """A socket that only this user (and root) can open. A stale one of an earlier run is replaced; the journal's lock
+    makes sure that no other service uses this state directory."""
+    if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
+        path.unlink()
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listening.bind(str(path))
+    except OSError as error:
+        listening.close()
+        hint = "a path of at most 107 bytes in a directory this user may write"
+        raise OSError(error.errno, f"control socket {path}: {error.strerror or error}; hint: {hint}") from error
+    finally:
+        os.umask(before)
+    return listening
+
+
+def traceparent(values: list[str]) -> str:
+    """A valid W3C trace context (level 1) as version 00, else "". A later version is read as far as this one goes."""
+    if len(values) != 1:
+        return ""
+    matched = _TRACEPARENT.fullmatch(values[0].strip())
+    if matched is None or len(values[0]) > 512:
+        return ""
+    version, trace, parent, flags, rest = matched.groups()
+    if version == "ff" or (version == "00" and rest) or not trace.strip("0") or not parent.strip("0"):
+        return ""
+    return f"00-{trace}-{parent}-{flags}"
+
+
+def error_reply(error: Exception, retry_seconds: int) -> web.Response:
+    """The answer to one of the EXPECTED errors."""
+    path = hint = ""
+    headers: dict[str, str] = {}
+    extra: dict[str, object] = {}
+    close = False
+    reason = str(error)
+    if isinstance(error, PayloadError):
+        status, reason, path = error.status, error.reason, error.path
+        hint = "docs/webhook.md lists the required fields"
+        if isinstance(error, NothingGoodError):
+            extra = {"accepted": 0, "duplicates": 0, "quarantined": [_named(q) for q in error.quarantined]}
+    elif isinstance(error, AccessError):
+        status, hint = error.status, error.hint
+        if status == 401:
+            headers["WWW-Authenticate"] = CHALLENGE
+    elif isinstance(error, RequestError):
+        status, path, hint, close = error.status, error.path, error.hint, error.close
+        if error.allow:
+            headers["Allow"] = error.allow
+    else:
+        status = 503
+        hint = "nothing was recorded; send it again"
+        headers["Retry-After"] = str(retry_seconds)
+    body = orjson.dumps({"error": {"reason": reason, "path": path, "hint": hint}, **extra})
+    response = _reply(status, body, headers)
+    if close:
+        response.force_close()
+    return response
+
+
+class _Ok(web.StreamResponse):
+    """A 200 with a JSON body that leaves in one write, without the header objects that `web.Response` makes for it."""
+
+    def __init__(self, request: web.BaseRequest, body: bytes) -> None:
+        # Not calling up: all that aiohttp asks of an answer is below, and the rest is what this saves.
+        self._transport = request.transport
+        self._bytes = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+            len(body),
+            body,
+        )
+
+    @property
+    def status(self) -> int:
+        return 200
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return True
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the caller is gone")
+        self._transport.write(self._bytes)
+
+
+def _ok(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+    if request.keep_alive and request.version == HttpVersion11:
+        return _Ok(request, body)
+    return _reply(200, body)
+
+
+def _reply(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(status=status, body=body, headers={"Content-Type": JSON, **(headers or {})})
+
+
+def _accepted(accepted: Accepted) -> bytes:
+    if not accepted.quarantined:
+        return b'{"accepted":%d,"duplicates":%d,"quarantined":[]}' % (accepted.accepted, accepted.duplicates)
+    return orjson.dumps(
+        {
+            "accepted": accepted.accepted,
+            "duplicates": accepted.duplicates,
+            "quarantined": [_named(q) for q in accepted.quarantined],
+        }
+    )
+
+
+def _named(quarantined: Quarantined) -> dict[str, object]:
+    return {"index": quarantined.index, "path": quarantined.path, "reason": quarantined.reason}
