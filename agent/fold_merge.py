@@ -6,7 +6,7 @@ Called by `agent.incidents.apply` alone. Pure: windows count by the records' own
 What an alert joins (`Merge`), first match wins; windows count by the records' times:
 
 1. the live incident that already has this (tenant, fingerprint);
-2. the incident that another alert of the same record just joined;
+2. the incident that another alert of the same record just joined, if the sender gave a group key;
 3. a live incident with the same tenant and group key, within `merge_seconds` of its last alert;
 4. a closed incident with the same fingerprint, or the same group key, within `reopen_seconds`: it reopens;
 5. a live incident with the same alertname and service, then with the same service, then with a neighbouring one,
@@ -73,8 +73,9 @@ class Merge:
 
     def _told(self) -> Changes:
         record = self.record
+        left_out = record.truncated
         for id, alerts in self.alerts.items():
-            truncated = record.truncated if self.group is None or id == self.group.id else 0
+            truncated, left_out = left_out, 0  # told once, of the record as a whole
             incident = self.state.incidents[id]
             incident.truncated += truncated
             text = story.alerts_received(alerts, self.how.get(id, ""), truncated)
@@ -92,9 +93,9 @@ class Merge:
         if own is not None and not own.final:
             incident = self.state.touch(own.id, self.record.at, self.seq)
         else:
-            if self.group is None:
-                self.group = self._join(alert, service, own)
-            incident = self.group
+            incident = self.group or self._join(alert, service, own)
+            if self.record.group_key:  # a sender that groups says that these belong together
+                self.group = incident
         incident.last_alert_at = max(incident.last_alert_at, self.record.at)
         self._index(incident, alert, service)
         return incident

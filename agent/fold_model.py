@@ -44,6 +44,7 @@ import msgspec
 
 from actions.model import IllegalMove, Plan, Refusal, StepMoved, StepState
 from rules.model import Alert, AlertStatus, Diagnosis
+from rules.verify import Justification
 from sandbox.model import RunResult
 
 MAX_ALERTS = 1_000  # kept per incident; what comes beyond is counted in `alerts_dropped`
@@ -170,6 +171,7 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
     updated_at: float
     updated_seq: int
     closed_at: float | None = None
+    moved_at: float = 0.0  # when it came into its state
     reason: str = ""  # of the last move
     refusal: Refusal | None = None  # of the last move
     keys: list[str] = []  # every group key that was merged in
@@ -190,6 +192,7 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
     evidence_at: float = 0.0
     evidence_seconds: float = 0.0
     diagnosis_seconds: float = 0.0
+    justification: Justification | None = None  # of the best hypothesis, or of the symptom alone
     plan: Plan | None = None
     plan_digest: str = ""
     plan_state: PlanState = ""

@@ -8,7 +8,7 @@ constants here. Never does I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -259,6 +259,17 @@ class State:
         frozen = FrozenState(self)
         self._frozen = set(self.incidents)
         return frozen
+
+    def trial(self, ids: Iterable[str]) -> State:
+        """A throw-away state with copies of these incidents alone, to try records on before they are written."""
+        twin = State()
+        twin.seq, twin.now, twin.policy = self.seq, self.now, self.policy
+        for id in ids:
+            known = self.incidents.get(id)
+            if known is not None:
+                twin.incidents[id] = known.copy()
+                (twin.closed if known.final else twin.live)[id] = None
+        return twin
 
     def thaw(self) -> None:
         """The frozen view is no longer read."""

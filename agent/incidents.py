@@ -156,8 +156,11 @@ def check(state: State, record: Record) -> None:
     match record:
         case IncidentMoved():
             _check_incident_move(_known(state, record.incident), record)
-        case Diagnosed() | PlanDeclined() | ApprovalGiven() | Noted():
+        case Diagnosed() | PlanDeclined() | ApprovalGiven():
             _known(state, record.incident)
+        case Noted():
+            if record.incident:  # "" is a note for the log
+                _known(state, record.incident)
         case PlanMade():
             _check_plan(_known(state, record.plan.incident))
         case StepRecorded():
@@ -214,8 +217,9 @@ def _moved(state: State, seq: int, record: IncidentMoved) -> Changes:
         raise UnknownIncident(f"fold: record {seq} moves incident {record.incident}, which is not known")
     incident = state.touch(record.incident, record.at, seq)
     _check_incident_move(incident, record)
-    before, after = incident.state, IncidentState(record.after)
+    after = IncidentState(record.after)
     incident.state, incident.reason, incident.refusal = after, record.reason, record.refusal
+    incident.moved_at = record.at
     incident.tell(record.at, story.incident_moved(record), "incident_moved")
     if after is IncidentState.INVESTIGATING:
         incident.rounds += 1
@@ -242,6 +246,7 @@ def _diagnosed(state: State, seq: int, record: Diagnosed) -> Changes:
     incident.diagnosis, incident.diagnosed_at, incident.diagnosed_seq = record.diagnosis, record.at, seq
     incident.evidence_seconds, incident.diagnosis_seconds = record.evidence_seconds, record.diagnosis_seconds
     incident.evidence_at = record.evidence_at
+    incident.justification = record.justification
     incident.tell(record.at, story.diagnosed(record), "diagnosed")
     return Changes((incident.id,))
 

@@ -1,48 +1,272 @@
-"""The journal and the state it makes (public signatures; the body follows in the next commits)."""
+"""The journal and the state it makes: the one place where facts enter the service.
+
+Everybody who has a fact to tell calls `record`; everybody who wants to know reads `state` or subscribes. A record is
+durable before it is applied, is applied exactly once in order of its sequence number, and only then are listeners told.
+`open` rebuilds the state from the latest snapshot and what follows it. Never decides anything about alerts or incidents
+(that is the fold's), never drops or reorders a record.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from agent.incidents import Changes, State
-from agent.journal.records import Record, Stored
-from agent.journal.wal import JournalFailed, WalHealth
+import msgspec
+
+from agent.incidents import Changes, FrozenState, State, StateError, apply, check
+from agent.journal.files import Files, JournalCorrupt, JournalFailed, JournalUnavailable
+from agent.journal.records import (
+    ApprovalGiven,
+    Diagnosed,
+    IncidentMoved,
+    Noted,
+    PlanDeclined,
+    PlanMade,
+    Record,
+    StepRecorded,
+    Stored,
+)
+from agent.journal.wal import MIB, Wal, WalHealth, exit_process
+from sandbox.failpoint import failpoint
 
 Listener = Callable[[Stored, Changes], None]
+CLOSING_SNAPSHOT = 1 * MIB  # less journal than this replays quickly enough as it is
+
+
+class StateBehind(RuntimeError):  # noqa: N818
+    """A durable record could not be applied: a bug; nothing more is recorded."""
+
+
+def journal_directory(state_dir: Path) -> Path:
+    return state_dir / "journal"
 
 
 class Store:
-    state: State
+    """One writer's view. Use from one event loop.
+
+    `snapshot_bytes`: a snapshot is made in the background whenever so much journal has gathered since the last one;
+    with two snapshots kept, the disk holds about three times that plus one segment.
+    """
+
+    def __init__(self, wal: Wal, state: State, snapshot_bytes: int) -> None:
+        self._wal = wal
+        self._state = state
+        self._pending: deque[Stored] = deque()  # durable, not yet applied; in order of sequence number
+        self._sweep_scheduled = False
+        self._applying = False  # stays True when an application raised: the state is then behind the journal for good
+        self._listeners: list[Listener] = []
+        self._moving: dict[str, asyncio.Event] = {}  # incidents with a record under way
+        self._snapshot_bytes = snapshot_bytes
+        self._snapshot_due = snapshot_bytes
+        self._snapshotting: asyncio.Task[None] | None = None
+        self._closed = False
+        self.snapshot_problem = ""  # why the last snapshot could not be made, "" when it could
 
     @classmethod
     def open(
         cls,
         state_dir: Path,
         *,
-        segment_bytes: int = 64 << 20,
-        backlog_bytes: int = 64 << 20,
-        snapshot_bytes: int = 64 << 20,
-        on_fatal: Callable[[JournalFailed], None] | None = None,
+        segment_bytes: int = 64 * MIB,
+        backlog_bytes: int = 64 * MIB,
+        snapshot_bytes: int = 64 * MIB,
+        on_fatal: Callable[[JournalFailed], None] = exit_process,
+        files: Files | None = None,
     ) -> Store:
-        """Journal in `state_dir`/journal: latest snapshot, then what follows."""
-        raise NotImplementedError
+        """Journal in `state_dir`/journal: latest snapshot, then what follows. It reads everything, so call it before
+        the loop has anything else to do. Raises JournalCorrupt, JournalLocked, JournalUnavailable, JournalFailed and
+        OSError."""
+        wal = Wal.open(
+            journal_directory(state_dir),
+            segment_bytes=segment_bytes,
+            backlog_bytes=backlog_bytes,
+            on_fatal=on_fatal,
+            files=files,
+        )
+        try:
+            store = cls(wal, _rebuild(wal), snapshot_bytes)
+        except JournalCorrupt:
+            wal.abandon()
+            raise
+        wal.on_durable = store._durable
+        return store
+
+    @property
+    def state(self) -> State:
+        """After the newest applied record. Only the fold changes it; look things up again after an `await`."""
+        return self._state
+
+    # -- recording
 
     async def record(self, *records: Record) -> list[Stored]:
-        """Durable, applied in order, listeners told; then returns. Raises JournalUnavailable, JournalFailed, IllegalMove."""
-        raise NotImplementedError
+        """Make the records durable together, apply them, tell listeners; then return them with their numbers.
+
+        Refused before anything is written: IllegalMove or UnknownIncident for what the fold would not take (a bug of
+        the caller, or news it has not seen: look at the state again), ValueError for what could not be read back.
+        Refused by the disk: JournalUnavailable, JournalFailed. Cancelling the caller does not take a record back.
+        """
+        if self._applying:
+            raise StateBehind(
+                f"record: the state stopped at {self._state.seq} while the journal went on; hint: an earlier record "
+                "could not be applied, see the first error; a restart shows it again"
+            )
+        names = sorted({id for record in records if (id := _incident_of(record))})
+        if not names:
+            return self._apply_up_to(await self._wal.append(records))
+        # One at a time per incident: a check against the state holds only while nothing else moves that incident.
+        while waiting := [self._moving[id] for id in names if id in self._moving]:
+            await waiting[0].wait()
+        checked = self._checked(records)
+        done = asyncio.Event()
+        self._moving.update(dict.fromkeys(names, done))
+        return await asyncio.shield(self._move(checked, names, done))
+
+    async def _move(self, records: list[Record], names: list[str], done: asyncio.Event) -> list[Stored]:
+        try:
+            return self._apply_up_to(await self._wal.append(records))
+        finally:
+            for id in names:
+                del self._moving[id]
+            done.set()
+
+    def _checked(self, records: Sequence[Record]) -> list[Record]:
+        """The records as they will be written, each checked against the state that the ones before it will make."""
+        seen = self._state.seq
+        checked = [
+            msgspec.structs.replace(r, seen=seen) if isinstance(r, IncidentMoved) and not r.seen else r for r in records
+        ]
+        if len(checked) == 1:
+            check(self._state, checked[0])
+            return checked
+        trial = self._state.trial({id for r in checked if (id := _incident_of(r))})
+        for record in checked:
+            check(trial, record)
+            apply(trial, Stored(trial.seq + 1, record))
+        return checked
+
+    def _durable(self, stored: Sequence[Stored]) -> None:
+        """Called by the log in order of sequence number. The callers of `record`, who wake next, apply these; what is
+        left (its caller was cancelled) is swept up one turn of the loop later."""
+        self._pending.extend(stored)
+        if not self._sweep_scheduled:
+            self._sweep_scheduled = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweep_scheduled = False
+        if self._pending and not self._applying:
+            self._apply_up_to([self._pending[-1]])
+
+    def _apply_up_to(self, stored: list[Stored]) -> list[Stored]:
+        """Apply what is durable up to these, in order. An exception is a bug of the fold or of a listener; it comes out
+        of `record`, and after one of the fold no record is taken any more."""
+        last = stored[-1].seq if stored else 0
+        pending = self._pending
+        while pending and pending[0].seq <= last:
+            failpoint("store_before_apply")
+            item = pending.popleft()
+            self._applying = True
+            changes = apply(self._state, item)
+            self._applying = False
+            for listener in self._listeners:
+                listener(item, changes)
+        if self._wal.bytes_since_snapshot >= self._snapshot_due and self._snapshotting is None and not self._closed:
+            self._snapshotting = asyncio.get_running_loop().create_task(self._snapshot(self._state.freeze()))
+        return stored
 
     def subscribe(self, callback: Listener) -> Callable[[], None]:
-        """`callback(stored, changes)` on the loop after each record is applied; the result unsubscribes. Must not block or raise."""
-        raise NotImplementedError
+        """`callback(stored, changes)` on the loop after each record is applied, in order; the result unsubscribes. It
+        must neither block nor raise: what it raises comes out of somebody's `record`."""
+        self._listeners.append(callback)
+        return lambda: self._listeners.remove(callback)
+
+    # -- snapshots
+
+    async def snapshot(self) -> None:
+        """Make a snapshot of this moment and prune. Raises JournalUnavailable, JournalFailed, JournalCorrupt."""
+        if self._snapshotting is not None:
+            await asyncio.shield(self._snapshotting)
+        self._snapshotting = asyncio.get_running_loop().create_task(self._snapshot(self._state.freeze()))
+        await asyncio.shield(self._snapshotting)
+        if self.snapshot_problem:
+            raise JournalUnavailable(self.snapshot_problem)
+
+    async def _snapshot(self, frozen: FrozenState) -> None:
+        """Encode and write off the loop. A full disk is no reason to stop: the journal goes on without, and it is tried
+        again when a quarter more has gathered; `snapshot_problem` and the health page say so meanwhile."""
+        try:
+            body = await asyncio.to_thread(frozen.encode)
+            self._state.thaw()
+            await asyncio.to_thread(self._wal.snapshot, frozen.seq, body)
+            await asyncio.to_thread(self._wal.prune)
+            self.snapshot_problem = ""
+            self._snapshot_due = self._snapshot_bytes
+        except (JournalUnavailable, JournalCorrupt, OSError) as error:
+            self.snapshot_problem = str(error)
+            self._snapshot_due = self._wal.bytes_since_snapshot + self._snapshot_bytes // 4
+        finally:
+            self._state.thaw()
+            self._snapshotting = None
+
+    # -- the rest
 
     def health(self) -> WalHealth:
-        raise NotImplementedError
+        return self._wal.health()
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """What was recorded becomes durable and is applied; a snapshot makes the next start quick. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._wal.drain()
+        self._sweep()
+        if self._snapshotting is not None:
+            await asyncio.shield(self._snapshotting)
+        if self._wal.bytes_since_snapshot >= CLOSING_SNAPSHOT and not self._applying and not self._wal.failed:
+            await self._snapshot(self._state.freeze())
+        await self._wal.close()
+
+
+def _incident_of(record: Record) -> str:
+    """The incident that a record is about, "" for one that is about none."""
+    match record:
+        case IncidentMoved() | Diagnosed() | PlanDeclined() | ApprovalGiven() | Noted():
+            return record.incident
+        case PlanMade():
+            return record.plan.incident
+        case StepRecorded():
+            return record.move.incident
+        case _:
+            return ""
+
+
+def _rebuild(wal: Wal) -> State:
+    """Latest snapshot and what follows it. Raises JournalCorrupt."""
+    state = State()
+    snapshot = wal.latest_snapshot()
+    if snapshot is not None:
+        seq, body = snapshot
+        try:
+            state = State.from_snapshot(body)
+        except StateError as error:
+            raise JournalCorrupt(wal.directory, None, str(error)) from error
+        if state.seq != seq:
+            raise JournalCorrupt(wal.directory, None, f"snapshot {seq} holds a state after record {state.seq}")
+    for stored in wal.replay():
+        try:
+            apply(state, stored)
+        except (ValueError, LookupError) as error:
+            kind = type(stored.record).__name__
+            raise JournalCorrupt(
+                wal.directory, None, f"record {stored.seq} ({kind}) cannot be applied: {error}"
+            ) from error
+    return state
 
 
 def read_state(state_dir: Path) -> State:
-    """Read-only, with the service running or stopped. An empty State when there is no journal."""
-    raise NotImplementedError
+    """What the journal says now, with the service running or stopped; an empty State when there is none. Takes no lock
+    and changes nothing. Raises JournalCorrupt, OSError."""
+    return _rebuild(Wal.open(journal_directory(state_dir), read_only=True))

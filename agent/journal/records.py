@@ -12,6 +12,7 @@ import msgspec
 
 from actions.model import BreakerMoved, Plan, Refusal, StepMoved
 from rules.model import Alert, Diagnosis
+from rules.verify import Justification
 
 
 class FoldPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -72,6 +73,7 @@ class Diagnosed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, t
     evidence_seconds: float = 0.0
     diagnosis_seconds: float = 0.0
     evidence_at: float = 0.0  # end of the window that was looked at
+    justification: Justification | None = None  # what spoke for the best hypothesis: recovery is judged by it
 
 
 class PlanMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_made"):
