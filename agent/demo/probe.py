@@ -1,0 +1,112 @@
+"""The outside probe: a customer with a stopwatch, who decides when the shop is degraded and when it has recovered.
+
+Used by the demo's driver and its tests. It knows the front's address and nothing else: not Prometheus, not the agent,
+not what was injected. A probe is good when a checkout is answered with 200 within `GOOD_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import aiohttp
+
+GOOD_SECONDS = 0.75
+INTERVAL_SECONDS = 0.4
+PATIENCE_SECONDS = 4.0
+IN_A_ROW = 4
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """One probe. `at` is when it began (unix seconds); `seconds` is when it was decided: by its answer, or by there
+    still being none after `GOOD_SECONDS`."""
+
+    at: float
+    seconds: float
+    good: bool
+
+
+class Probe:
+    """Probes every `INTERVAL_SECONDS`, whatever becomes of the probe before."""
+
+    def __init__(self, front: str) -> None:
+        self._url = front + "/checkout"
+        self._seen: list[Checkout] = []
+        self._undecided: set[float] = set()
+
+    def since(self, at: float) -> list[Checkout]:
+        """Probes that began at or after `at`, in the order in which they began, up to the first undecided one."""
+        end = min(self._undecided, default=float("inf"))
+        return sorted((c for c in self._seen if at <= c.at < end), key=lambda c: c.at)
+
+    def indicator(self, since: float) -> float:
+        """The service-level indicator: the share of good probes (NaN when there is none)."""
+        probes = self.since(since)
+        return sum(c.good for c in probes) / len(probes) if probes else float("nan")
+
+    def degraded_at(self, since: float) -> float | None:
+        """When the second of two bad probes in a row had shown it; None while the shop is fine."""
+        probes = self.since(since)
+        for one, two in itertools.pairwise(probes):
+            if not one.good and not two.good:
+                return two.at + two.seconds
+        return None
+
+    def recovered_at(self, since: float) -> float | None:
+        """When the last of `IN_A_ROW` good probes after the last bad one had been answered; None until then."""
+        probes = self.since(since)
+        bad = [i for i, c in enumerate(probes) if not c.good]
+        if not bad or len(probes) - bad[-1] <= IN_A_ROW:
+            return None
+        row = probes[bad[-1] + 1 : bad[-1] + 1 + IN_A_ROW]
+        return max(c.at + c.seconds for c in row)
+
+    def steady(self, seconds: float) -> bool:
+        """Whether every probe of the last `seconds` was good, and there were some."""
+        probes = self.since(time.time() - seconds)
+        return len(probes) >= IN_A_ROW and all(c.good for c in probes)
+
+    async def _one(self, session: aiohttp.ClientSession) -> None:
+        at, began = time.time(), time.monotonic()
+        self._undecided.add(at)
+        buying = asyncio.ensure_future(self._buy(session))
+        try:
+            done, _ = await asyncio.wait({buying}, timeout=GOOD_SECONDS)
+            good = bool(done) and buying.result()
+            self._seen.append(Checkout(at, time.monotonic() - began, good))
+            self._undecided.discard(at)
+            await buying  # the customer waits on, as customers do; the verdict stands
+        finally:
+            buying.cancel()
+
+    async def _buy(self, session: aiohttp.ClientSession) -> bool:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.post(self._url, json={"product": 1}) as answer:
+                await answer.read()
+                return answer.status == 200
+        return False
+
+    async def _run(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=PATIENCE_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        async with session, asyncio.TaskGroup() as probes:
+            while True:
+                probes.create_task(self._one(session))
+                await asyncio.sleep(INTERVAL_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def probing(self) -> AsyncIterator[Probe]:
+        """Probes while the context lasts."""
+        task = asyncio.ensure_future(self._run())
+        try:
+            yield self
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
