@@ -82,7 +82,9 @@ def _bases(found: list[cgroup.Mount], own: str) -> list[tuple[Path, bool]]:
     for mount in found:
         here = mount.holding(own)
         if here is not None:
-            bases += [(c, True) for c in (here, here.parent) if c.is_relative_to(mount.point) and _delegated(c, mount)]
+            # An agent that has made room, or was put into a subgroup (DelegateSubgroup=), finds its tree one above.
+            near = [here.parent] if here.name == cgroup.AGENT_LEAF else [here, here.parent]
+            bases += [(c, True) for c in near if c.is_relative_to(mount.point) and _delegated(c, mount)]
         bases.append((mount.point, False))
     return bases
 

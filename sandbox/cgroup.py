@@ -111,21 +111,24 @@ def node_under(base: Path) -> Path:
 def enable(directory: Path, *, owned: bool) -> frozenset[str]:
     """Switches on, for the children of `directory`, the controllers that limits need; returns those that are on.
 
-    A cgroup with processes cannot have controllers for its children (the no-internal-process rule, EBUSY): if `owned`,
-    every process in it is first moved into a leaf of its own. That is for a tree that belongs to us, such as a unit
-    with `Delegate=yes` or a container; afterwards nothing can join `directory` any more (`kubectl exec` cannot).
+    A cgroup with processes of its own cannot give its children `memory` or `io` (the no-internal-process rule); with
+    `cpu` or `pids` it would become the root of a threaded subtree, whose children no process can enter. So if `owned`,
+    every process in it is first moved into a leaf of its own, else nothing is switched on. Owned is a tree that belongs
+    to us, such as a unit with `Delegate=yes` or a container; afterwards nothing can join `directory` any more
+    (`kubectl exec` cannot). Only the real root (without cgroup.type) may have both.
     """
+    on = frozenset(read(directory, "cgroup.subtree_control").split())
     offered = read(directory, "cgroup.controllers").split()
-    for controller in (*NEEDED, "io"):
-        if controller not in offered:
-            continue
+    wanted = [c for c in (*NEEDED, "io") if c in offered and c not in on]
+    if wanted and (directory / "cgroup.type").exists() and read(directory, "cgroup.procs").strip():
+        if not owned:
+            return on
+        _evacuate(directory)
+    for controller in wanted:
         try:
             write(directory, "cgroup.subtree_control", f"+{controller}")
         except OSError as x:
-            if x.errno == errno.EBUSY and owned:
-                _evacuate(directory)
-                write(directory, "cgroup.subtree_control", f"+{controller}")
-            elif x.errno not in (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EOPNOTSUPP):
+            if x.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENOENT, errno.EOPNOTSUPP):
                 raise
     return frozenset(read(directory, "cgroup.subtree_control").split())
 

@@ -66,9 +66,9 @@ async def run(
 ) -> RunResult:
     """Runs one program within `limits` and tells what became of it.
 
-    `argv[0]` is an absolute path or a name on PATH; no shell reads any of `argv`. `env` is the whole environment (the
-    launcher adds PWD); without it the program gets PATH, LANG, and HOME and TMPDIR that name its private working
-    directory, which is removed afterwards. `user` is a name or a number, "" for our own. `leaf` is from `leaf_name`.
+    `argv[0]` is an absolute path or a name on PATH; no shell reads any of `argv`. Of our environment the program gets
+    nothing: it has a fixed PATH and LANG, and HOME, TMPDIR and PWD name its private working directory, which is removed
+    afterwards; `env` is added and wins. `user` is a name or a number, "" for our own. `leaf` is from `leaf_name`.
 
     The program and all it started are killed at the timeout, on cancellation (which is then raised again), and also
     when the program has ended by itself. Raises SandboxUnavailable, before anything is made, if `protection` is
@@ -167,7 +167,7 @@ class _Box:
     def _environment(self, env: Mapping[str, str] | None, workdir: Path) -> dict[str, str]:
         default = {"PATH": launcher.DEFAULT_PATH, "LANG": "C.UTF-8", "HOME": str(workdir), "TMPDIR": str(workdir)}
         cookie = {} if self.capability.root is not None else {processes.COOKIE: self.name}
-        return {**(default if env is None else env), **cookie}
+        return {**default, **(env or {}), **cookie}
 
     def listen(self) -> None:
         assert self.started is not None

@@ -228,7 +228,6 @@ def _no_new_privs() -> None:
         raise CannotStart(f"no_new_privs cannot be set: {os.strerror(ctypes.get_errno())}")
 
 
-@functools.cache
 def _oom_score() -> str:
     """Zero if the agent protects itself from the OOM killer: inherited, that would exempt the payload too."""
     try:
