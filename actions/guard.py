@@ -19,6 +19,7 @@ from typing import Protocol
 
 import msgspec
 
+from actions.builtin import NOTHING_DONE
 from actions.catalog import ActionDefinition, Catalog
 from actions.gates import (
     AT_START,
@@ -168,7 +169,8 @@ def recheck(plan: Plan, definition: ActionDefinition | None, context: GuardConte
 
 def approval_valid(plan: Plan, approval: ApprovalLike, now: float) -> Declined | None:
     """None when the decision lets the plan begin at `now`. It is bound to the plan, to the digest of its exact steps,
-    and to the time until the plan expires; a plan that was only suggested may be approved too."""
+    and to the time until the plan expires. A plan that is only suggested waits for nobody: a person may run its argv,
+    but cannot make us do it (storm mode and low certainty would mean little otherwise)."""
     action = plan.steps[0].action if plan.steps else ""
     if approval.plan != plan.id or approval.digest != plan.digest:
         what = "the decision is about another plan: look at it again and decide anew"
@@ -178,8 +180,8 @@ def approval_valid(plan: Plan, approval: ApprovalLike, now: float) -> Declined |
     if not (plan.made_at <= approval.at < plan.expires_at and now < plan.expires_at):
         what = "the plan expired before it was approved and begun"
         return Declined(reason=Refusal.APPROVAL_EXPIRED, detail=what, action=action)
-    if plan.autonomy == "observe":
-        return Declined(reason=Refusal.OBSERVE_ONLY, detail="policy allows to observe only", action=action)
+    if plan.autonomy not in ("approve", "auto"):
+        return Declined(reason=Refusal.SUGGEST_ONLY, detail="the plan is a suggestion, not a request", action=action)
     return None
 
 
@@ -237,6 +239,8 @@ async def resolve_targets(
     result = await _read(definition.resolve, definition, params, run, secrets or {})
     if isinstance(result, Declined):
         return result
+    if result.exit_code == NOTHING_DONE:
+        return declined(Refusal.PROTECTED_TARGET, f"the target must not be touched: {describe(result)}")
     if not result.ok or result.stdout_dropped:
         return declined(Refusal.RESOLVE_FAILED, f"the look-up of targets failed: {describe(result)}")
     try:

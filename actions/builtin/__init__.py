@@ -1,0 +1,11 @@
+"""The shipped actions: small programs that run in the sandbox, one module each, started as `python -I -m`.
+
+Called by nobody in this process. They import as little as they can (they get a quarter of a CPU), take everything as
+arguments, print one JSON document, and end with one of the exit codes below. Each looks at its target's identity again
+at the moment it acts.
+"""
+
+DONE = 0  # of an action: done; of a check: it has happened
+FAILED = 1  # of an action: it failed, perhaps half-way; of a check: it has not happened
+NOTHING_DONE = 93  # of an action: the target is not what was planned, or must not be touched; nothing was changed
+CANNOT_TELL = 94  # of a check

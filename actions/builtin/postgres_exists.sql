@@ -1,0 +1,6 @@
+-- Whether the session (pid, backend_start) still exists: t or f. Read-only.
+-- psql variables: pid, backend_start. Called by actions/builtin/postgres.py.
+SET statement_timeout = '5s';
+SET default_transaction_read_only = on;
+SELECT EXISTS (SELECT FROM pg_stat_activity
+               WHERE pid = :'pid'::int AND backend_start = :'backend_start'::timestamptz);
