@@ -69,8 +69,8 @@ def weigh(observer: Observer) -> tuple[Candidate, ...]:
     """Every candidate that something speaks for, best first.
 
     A candidate is a cause that fits the kind of a node on a path from the entry service, was not pruned by a rule, and
-    has at least one group or rule for it; what nothing speaks for stays with the background. Of equals the deeper comes
-    first (symptoms travel towards the caller), then what rests on the larger changes; names decide last.
+    has its defining evidence or a rule for it; all others stay with the background. Of equals the deeper comes first
+    (symptoms travel towards the caller), then what rests on the larger changes; names decide last.
     """
     packs, graph = observer.packs, observer.graph
     model, matcher = compiled(packs)
@@ -88,7 +88,7 @@ def weigh(observer: Observer) -> tuple[Candidate, ...]:
     boosts = np.array([_boost(packs, supports.get((s, model.causes[r]), ())) for s, r in pairs])
     symptom = SYMPTOM_ABSENT if observer.symptom().state == "absent" else 0.0
     log_odds = model.prior[rows] + symptom + boosts + parts.sum(axis=1)
-    chosen = np.flatnonzero((parts > 0).any(axis=1) | (boosts > 0))
+    chosen = np.flatnonzero(((parts > 0) & model.needs[rows]).any(axis=1) | (boosts > 0))
     weights = posteriors(log_odds[chosen])
     candidates: list[Candidate] = []
     for i, posterior in zip(chosen.tolist(), weights.tolist(), strict=True):

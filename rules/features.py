@@ -29,7 +29,7 @@ BoolArray = NDArray[np.bool_]
 WEAK = 3.0
 STRONG = 6.0
 MIN_BASELINE = 3  # fewer normal samples are no baseline
-GUARD_FROM = 30  # so many normal samples before the last sixth is given up
+GUARD_FROM = 12  # so many normal samples before the last sixth is given up
 _STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # kinds whose absence means none
 _UP, _DOWN = 1.0, -1.0
 

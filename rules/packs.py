@@ -127,14 +127,16 @@ class ProposalTemplate(_Strict, frozen=True, kw_only=True):
 
 
 class Cause(_Strict, frozen=True, kw_only=True):
-    """A possible root cause of a node of one of `kinds`. `prior` is its odds against "something else" before any
-    evidence, at one service. No proposals: there is no safe remedy, so the incident is escalated."""
+    """A possible root cause of a node of one of `kinds`. `prior` is its probability at one service, before any
+    evidence, given that something is wrong. `needs` are its defining evidence columns: unless one of them (or a rule)
+    speaks for it, it is no candidate. No proposals: there is no safe remedy, so the incident is escalated."""
 
     title: str
     fault: str
     kinds: tuple[str, ...]
     prior: float
     evidence: tuple[Likelihood, ...]
+    needs: tuple[str, ...]
     sentence: str
     proposals: tuple[ProposalTemplate, ...] = ()
     runbook: str = ""
@@ -358,6 +360,11 @@ def _check_cause(cause: Cause, path: tuple[str | int, ...], faults: list[Fault])
         for state, pair in line.states.items():
             if not all(0 < p < 1 for p in pair):
                 faults.append(Fault((*where, "states", state), "probabilities lie strictly between 0 and 1"))
+    for i, column in enumerate(cause.needs):
+        if column not in columns:
+            faults.append(Fault((*path, "needs", i), f"{column} is no evidence of this cause"))
+    if not cause.needs:
+        faults.append(Fault((*path, "needs"), "names no defining evidence"))
     for i, proposal in enumerate(cause.proposals):
         where = (*path, "proposals", i)
         if proposal.using and proposal.using not in columns:

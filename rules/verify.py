@@ -89,10 +89,7 @@ def justification_of(situation: Situation, hypothesis: Hypothesis, packs: PackSe
     """
     observer = observe(situation, packs)
     cause = packs.causes.get(hypothesis.cause)
-    series: dict[SeriesId, WatchedSeries] = {}
-    for finding in observer.findings:
-        if finding.service == situation.entry and packs.groups[finding.group].symptom:
-            _watch(series, finding, packs.signals[finding.signal], "symptom")
+    series = _symptoms(observer)
     facts: dict[tuple[str, str], WatchedFact] = {}
     for line in cause.evidence if cause is not None else ():
         seen = observer.observe(hypothesis.service, line.group, line.at)
@@ -116,6 +113,19 @@ def justification_of(situation: Situation, hypothesis: Hypothesis, packs: PackSe
     )
 
 
+def symptoms_of(situation: Situation, packs: PackSet) -> Justification:
+    """The bad or silent symptom series of the entry service alone: what recovery means while there is no hypothesis."""
+    series = _symptoms(observe(situation, packs))
+    return Justification(
+        entry=situation.entry,
+        service=situation.entry,
+        cause="",
+        onset=situation.onset,
+        series=tuple(series[s] for s in sorted(series, key=lambda s: (s.metric, s.labels))),
+        samples=SAMPLES,
+    )
+
+
 def judge(justification: Justification, now: Situation, packs: PackSet, since: float = 0.0) -> Verdict:
     """Whether all that justified the action is back within bounds. `now.onset` is not used; only samples later than
     `since` (the end of the action) count."""
@@ -129,6 +139,14 @@ def judge(justification: Justification, now: Situation, packs: PackSet, since: f
     bad = [c for c in checks if c.state != "within"]
     recovered = bool(justification.series) and not bad
     return Verdict(recovered=recovered, text=_text(checks, bad), checked=tuple(checks))
+
+
+def _symptoms(observer: Observer) -> dict[SeriesId, WatchedSeries]:
+    packs, series = observer.packs, dict[SeriesId, WatchedSeries]()
+    for finding in observer.findings:
+        if finding.service == observer.graph.entry and packs.groups[finding.group].symptom:
+            _watch(series, finding, packs.signals[finding.signal], "symptom")
+    return series
 
 
 def _together(facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
