@@ -358,10 +358,10 @@ def _alert(entry: Any, tenant: str, bounds: Bounds, odd: bool) -> Alert:
         raise _FieldError(".startsAt", "the zero time")
     ends_text = ""
     ends_at = None
-    if status == "resolved" or "endsAt" in entry:
+    if status == "resolved" or entry.get("endsAt") is not None:
         # A firing alert has no end, whatever a sender predicts: a moving endsAt must not make each re-send a new state.
-        sent = _string(entry, "endsAt", bounds.time_bytes, odd, required=status == "resolved")
-        end = _time(sent, ".endsAt") if sent or status == "resolved" else None
+        sent = _string(entry, "endsAt", bounds.time_bytes, odd)
+        end = _time(sent, ".endsAt")
         if status == "resolved":
             if end is None:
                 raise _FieldError(".endsAt", "the zero time in a resolved alert")
