@@ -166,7 +166,7 @@ class Topology(Struct, frozen=True, kw_only=True):
 
 class Packs(Struct, frozen=True, kw_only=True):
     dirs: tuple[Directory, ...] = ()
-    disable: tuple[Glob, ...] = ()  # cause ids
+    disable: tuple[Name, ...] = ()  # names of packs
 
 
 class Actions(Struct, frozen=True, kw_only=True):
@@ -361,9 +361,12 @@ def environment_variables() -> dict[str, str]:
     return names | {name: keys[0] for name, keys in short.items() if len(keys) == 1 and name not in names}
 
 
-def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
+def load(
+    file: Path | None = None, environ: Mapping[str, str] | None = None, options: Mapping[str, str] | None = None
+) -> Config:
     """The configuration of `file` (none: $ALERTMEDIC_CONFIG, else defaults), overridden by `environ` (default: the
-    process'). Raises ConfigError with every fault, and for a file that cannot be read."""
+    process'), overridden by `options` of the command line (key -> text). Raises ConfigError with every fault, and for a
+    file that cannot be read."""
     env = os.environ if environ is None else environ
     if file is None and env.get("ALERTMEDIC_CONFIG"):
         file = Path(env["ALERTMEDIC_CONFIG"])
@@ -376,13 +379,18 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
         except (OSError, ValueError) as error:
             what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise ConfigError((Fault(str(file), 0, "", f"cannot read it: {what}", "check path and mode"),)) from error
-    return load_document(document, body, env)
+    return load_document(document, body, env, options)
 
 
-def load_document(document: Document, body: bytes, environ: Mapping[str, str]) -> Config:
+def load_document(
+    document: Document, body: bytes, environ: Mapping[str, str], options: Mapping[str, str] | None = None
+) -> Config:
     """As `load`, of a text that is already there. Raises ConfigError."""
     document.read(body)
     _override(document, environ)
+    for key, text in (options or {}).items():
+        name = "--" + key.replace("_", "-")
+        document.override(name, tuple(key.split(".")), text, literal=True, base=Path.cwd())
     config = document.build(Config)
     if config is not None:
         check(config, document)

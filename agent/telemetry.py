@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -55,6 +55,8 @@ class Telemetry:
     met (the label becomes `other`). `tracing` None: stages are timed, and make no spans."""
 
     def __init__(self, version: str, tracing: Tracing | None = None) -> None:
+        # A series more for each counter, which nobody asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.tracing = tracing
         self.registry = CollectorRegistry(auto_describe=True)
         self._samplers: list[Callable[[], None]] = []

@@ -1,0 +1,331 @@
+"""The command line: what can be said, and which function of `agent.commands` does it. No logic.
+
+Called by `agent.__main__`. Imports nothing heavy: what a command needs is imported when it runs, so that `serve` never
+pays for what only people need (rich) and `version` pays for nothing.
+
+Exit codes: 0 done, 1 a fault was found, 2 wrong usage, 3 a service cannot be reached; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent import __version__
+from agent.commands.output import CommandError, Exit, complain, emit_json, say
+
+if TYPE_CHECKING:
+    from agent.config import Config
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and gives the exit code."""
+    arguments = parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
+        complain(error.what, error.hint)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`| head`). Python would complain once more while it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
+    except _expected() as error:
+        return _told(error)
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """What loading and the journal raise for reasons that a person can mend. Asked for only when something was raised,
+    so that the imports cost nothing."""
+    from actions.catalog import CatalogError
+    from agent.config import ConfigError
+    from agent.fold_state import StateError
+    from agent.journal.files import JournalError
+    from agent.topology import TopologyError
+    from agent.tracing import TracingError
+    from rules.packs import PackError
+
+    return ConfigError, JournalError, StateError, PackError, CatalogError, TopologyError, TracingError, OSError
+
+
+def _told(error: Exception) -> int:
+    from agent.config import ConfigError
+    from agent.journal.files import JournalLocked
+
+    faults = error.faults if isinstance(error, ConfigError) else (error,)
+    for fault in faults:
+        complain(str(fault))
+    return Exit.UNREACHABLE if isinstance(error, JournalLocked) else Exit.FAULT
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar."""
+    top = argparse.ArgumentParser(
+        prog="alertmedic",
+        description="An on-call agent for Prometheus.",
+        allow_abbrev=False,
+        epilog=__doc__.split("\n\n")[2],
+    )
+    top.add_argument("--version", action="version", version=f"alertmedic {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--config", metavar="FILE", type=Path, help="configuration (default: $ALERTMEDIC_CONFIG)")
+    common.add_argument("--state-dir", metavar="DIR", help="state directory, instead of the configured one")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    for add in (_serving, _looking, _deciding, _checking, _catalogues, _exploring):
+        add(commands, common)
+    return top
+
+
+def _add(
+    commands: Commands, common: argparse.ArgumentParser, name: str, command: Command, text: str
+) -> argparse.ArgumentParser:
+    made = commands.add_parser(name, parents=[common], help=text, description=text, allow_abbrev=False)
+    made.set_defaults(command=command)
+    return made
+
+
+def _group(commands: Commands, name: str, text: str) -> Commands:
+    group = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    return group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def _serving(commands: Commands, common: argparse.ArgumentParser) -> None:
+    serve = _add(commands, common, "serve", _serve, "run the agent")
+    serve.add_argument("--listen", metavar="HOST:PORT", help="address of the HTTP port, instead of the configured one")
+    _add(commands, common, "version", _version, "say which version this is")
+
+
+def _looking(commands: Commands, common: argparse.ArgumentParser) -> None:
+    incidents = _add(commands, common, "incidents", _incidents, "list incidents, or tell the story of one")
+    incidents.add_argument("id", nargs="?", default="", help="an incident's id, or the beginning of one")
+    incidents.add_argument("--state", action="append", default=[], help="only these states (repeatable)")
+    incidents.add_argument("--tenant", default="", help="only this tenant")
+    incidents.add_argument("--limit", type=_count, default=0, help="at most so many, newest first")
+    _add(commands, common, "quarantine", _quarantine, "show what could not be understood")
+
+
+def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
+    for name, text in (("approve", "let a waiting plan run"), ("reject", "turn a waiting plan down")):
+        made = _add(commands, common, name, _decide, text)
+        made.add_argument("id", help="the incident's id")
+        made.add_argument("--digest", default="", help="only if the waiting plan has this digest")
+        made.add_argument("--note", default="", help="kept in the story")
+        made.set_defaults(decision=name)
+    for name, text in (("pause", "stop all actions"), ("resume", "let actions start again")):
+        made = _add(commands, common, name, _pause, text)
+        made.add_argument("--note", default="", help="kept in the journal")
+        made.set_defaults(paused=name == "pause")
+    breakers = _add(commands, common, "breakers", _breakers, "list circuit breakers, or close one by hand")
+    breakers.add_argument("reset", nargs="?", choices=["reset"], help="close the breaker KEY")
+    breakers.add_argument("key", nargs="?", default="", metavar="KEY", help="ACTION or ACTION|TARGET")
+    breakers.add_argument("--note", default="", help="kept in the journal")
+
+
+def _checking(commands: Commands, common: argparse.ArgumentParser) -> None:
+    check = _add(commands, common, "check-config", _check_config, "list every fault of the configuration")
+    check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the file (default: as for every command)")
+    check.add_argument("--show", action="store_true", help="print the configuration in effect, without secrets")
+    journal = _group(commands, "journal", "check, repair or print the journal")
+    for name, text in (
+        ("verify", "check every record; nothing is changed"),
+        ("repair", "mend what opening would mend, and say what truncating would lose"),
+        ("dump", "print the records, one JSON object a line"),
+    ):
+        made = _add(journal, common, name, _journal, text)
+        made.set_defaults(what=name)
+        if name == "repair":
+            made.add_argument("--truncate", action="store_true", help="cut after the last good record; copies are kept")
+        if name == "dump":
+            made.add_argument("--after", type=_count, default=0, metavar="SEQ", help="only records after this one")
+
+
+def _catalogues(commands: Commands, common: argparse.ArgumentParser) -> None:
+    packs = _group(commands, "packs", "rule packs: the causes that are known")
+    _add(packs, common, "list", _packs, "list the causes").set_defaults(what="list")
+    lint = _add(packs, common, "lint", _packs, "list every fault of the packs")
+    lint.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="instead of the configured directories")
+    lint.set_defaults(what="lint")
+    actions = _group(commands, "actions", "actions: what can be done")
+    _add(actions, common, "list", _actions, "list the actions").set_defaults(what="list")
+    show = _add(actions, common, "show", _actions, "show one action")
+    lint = _add(actions, common, "lint", _actions, "list every fault of the actions")
+    lint.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="instead of the configured directories")
+    dry = _add(actions, common, "dry-run", _actions, "print what an action would execute; only its look-ups run")
+    dry.add_argument("--service", required=True, help="the service it would act on")
+    dry.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter (repeatable)")
+    for made, name in ((show, "show"), (lint, "lint"), (dry, "dry-run")):
+        made.set_defaults(what=name)
+    for made in (show, dry):
+        made.add_argument("name", help="the action's name, or its family's")
+
+
+def _exploring(commands: Commands, common: argparse.ArgumentParser) -> None:
+    metrics = _group(commands, "metrics", "explore the Prometheus behind it (needs alertmedic[explore])")
+    names = _add(metrics, common, "names", _metrics, "names of metrics")
+    names.add_argument("pattern", nargs="?", default="", metavar="TEXT", help="only names that contain it")
+    labels = _add(metrics, common, "labels", _metrics, "labels of a metric and their values")
+    labels.add_argument("metric", help="the metric's name")
+    samples = _add(metrics, common, "samples", _metrics, "newest samples of a query")
+    samples.add_argument("query", metavar="PROMQL", help="an instant query")
+    for made, name in ((names, "names"), (labels, "labels"), (samples, "samples")):
+        made.add_argument("--url", default="", help="the server, instead of the configured one")
+        made.add_argument("--limit", type=_count, default=0, help="at most so many")
+        made.set_defaults(what=name)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+# -- from arguments to functions
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, str]:
+    given = {"listen": getattr(arguments, "listen", None), "state_dir": arguments.state_dir}
+    return {key: text for key, text in given.items() if text is not None}
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    from agent.config import load
+
+    return load(arguments.config, options=_options(arguments))
+
+
+def _state_dir(arguments: argparse.Namespace) -> Path:
+    """Given on the command line it is taken as it stands: looking at a journal needs no sound configuration."""
+    if arguments.state_dir is not None:
+        return Path(arguments.state_dir).absolute()
+    return _config(arguments).state_dir
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import asyncio
+
+    config = _config(arguments)
+    from agent import app
+
+    return asyncio.run(app.serve(config))
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        emit_json({"version": __version__})
+    else:
+        say(f"alertmedic {__version__}")
+    return Exit.OK
+
+
+def _incidents(arguments: argparse.Namespace) -> int:
+    from agent.commands import look
+
+    return look.incidents(
+        _state_dir(arguments),
+        arguments.id,
+        as_json=arguments.json,
+        states=tuple(arguments.state),
+        tenant=arguments.tenant,
+        limit=arguments.limit,
+    )
+
+
+def _quarantine(arguments: argparse.Namespace) -> int:
+    from agent.commands import look
+
+    return look.quarantine(_state_dir(arguments), as_json=arguments.json)
+
+
+def _decide(arguments: argparse.Namespace) -> int:
+    from agent.commands import decide
+
+    return decide.decide(
+        _state_dir(arguments),
+        arguments.id,
+        arguments.decision,
+        digest=arguments.digest,
+        note=arguments.note,
+        as_json=arguments.json,
+    )
+
+
+def _pause(arguments: argparse.Namespace) -> int:
+    from agent.commands import decide
+
+    return decide.pause(_state_dir(arguments), paused=arguments.paused, note=arguments.note, as_json=arguments.json)
+
+
+def _breakers(arguments: argparse.Namespace) -> int:
+    if arguments.reset:
+        from agent.commands import decide
+
+        if not arguments.key:
+            raise CommandError("breakers reset: which one?", "alertmedic breakers reset KEY", Exit.USAGE)
+        return decide.reset_breaker(_state_dir(arguments), arguments.key, note=arguments.note, as_json=arguments.json)
+    from agent.commands import look
+
+    return look.breakers(_state_dir(arguments), as_json=arguments.json)
+
+
+def _check_config(arguments: argparse.Namespace) -> int:
+    from agent.commands import check
+
+    file = arguments.file or arguments.config
+    return check.check_config(file, _options(arguments), as_json=arguments.json, show=arguments.show)
+
+
+def _journal(arguments: argparse.Namespace) -> int:
+    from agent.commands import journal
+
+    state_dir = _state_dir(arguments)
+    if arguments.what == "dump":
+        return journal.dump(state_dir, after=arguments.after)
+    if arguments.what == "repair":
+        return journal.repair(state_dir, truncate=arguments.truncate, as_json=arguments.json)
+    return journal.verify(state_dir, as_json=arguments.json)
+
+
+def _packs(arguments: argparse.Namespace) -> int:
+    from agent.commands import check
+
+    if arguments.what == "list":
+        return check.packs_list(_config(arguments), as_json=arguments.json)
+    return check.packs_lint(_config(arguments), tuple(arguments.dirs), as_json=arguments.json)
+
+
+def _actions(arguments: argparse.Namespace) -> int:
+    from agent.commands import catalogue
+
+    config = _config(arguments)
+    if arguments.what == "list":
+        return catalogue.list_actions(config, as_json=arguments.json)
+    if arguments.what == "show":
+        return catalogue.show(config, arguments.name, as_json=arguments.json)
+    if arguments.what == "lint":
+        return catalogue.lint(config, tuple(arguments.dirs), as_json=arguments.json)
+    return catalogue.dry_run(config, arguments.name, arguments.service, tuple(arguments.param), as_json=arguments.json)
+
+
+def _metrics(arguments: argparse.Namespace) -> int:
+    from agent.commands import explore
+
+    config = _config(arguments)
+    if arguments.what == "names":
+        return explore.names(config, arguments.url, arguments.pattern, arguments.limit, as_json=arguments.json)
+    if arguments.what == "labels":
+        return explore.labels(config, arguments.url, arguments.metric, arguments.limit, as_json=arguments.json)
+    return explore.samples(config, arguments.url, arguments.query, arguments.limit, as_json=arguments.json)

@@ -1,0 +1,192 @@
+"""`actions`: what can be done, whether the definitions are sound, and what one of them would execute.
+
+`dry-run` goes the guard's own way from parameters to the exact argv, look-ups included (they are read-only, and run in
+the sandbox), and stops there: it never executes the action, its check or its undo.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.commands.output import CommandError, Exit, emit_json, say, table
+
+if TYPE_CHECKING:
+    from actions.catalog import ActionDefinition, Catalog
+    from actions.model import Declined, Step
+    from agent.config import Config
+    from rules.model import ParamValue
+    from sandbox.model import Limits, RunResult
+
+
+def _catalog(config: Config) -> Catalog:
+    from actions.catalog import load_catalog
+
+    return load_catalog(config.actions.dirs, config.actions.disable)
+
+
+def _variants(catalog: Catalog, name: str) -> tuple[ActionDefinition, ...]:
+    found = catalog.get(name)
+    variants = (found,) if found is not None else catalog.variants(name)
+    if not variants:
+        raise CommandError(f"no action {name!r}", "alertmedic actions list")
+    return variants
+
+
+def list_actions(config: Config, *, as_json: bool) -> Exit:
+    """Every action, and for which services of the inventory it has all it needs."""
+    rows = [("action", "undo", "risk", "services", "description")]
+    listed: list[dict[str, Any]] = []
+    for definition in _catalog(config):
+        usable = [s for s, entry in config.inventory_strings.items() if not definition.missing_inventory(entry)]
+        entry = {
+            "name": definition.name,
+            "family": definition.family,
+            "version": definition.version,
+            "description": definition.description,
+            "read_only": definition.read_only,
+            "undo": bool(definition.undo),
+            "auto": definition.risk.auto,
+            "services": usable,
+        }
+        listed.append(entry)
+        undo = "nothing to undo" if definition.read_only else "yes" if definition.undo else "none"
+        auto = "may be automatic" if definition.risk.auto == "allowed" else "never automatic"
+        rows.append((definition.name, undo, auto, ", ".join(usable), definition.description))
+    if as_json:
+        emit_json({"actions": listed})
+    else:
+        table(rows, empty="no actions")
+    return Exit.OK
+
+
+def show(config: Config, name: str, *, as_json: bool) -> Exit:
+    """The whole definition of an action, or of every variant of a family."""
+    import msgspec
+
+    shown = [msgspec.to_builtins(d) for d in _variants(_catalog(config), name)]
+    if as_json:
+        emit_json({"actions": shown})
+        return Exit.OK
+    import yaml
+
+    for definition in shown:
+        say(yaml.safe_dump(definition, sort_keys=False, allow_unicode=False), lines=True)
+    return Exit.OK
+
+
+def lint(config: Config, dirs: tuple[Path, ...], *, as_json: bool) -> Exit:
+    """Every fault of the shipped actions and of `dirs` (none: the configured directories)."""
+    from actions.catalog import CatalogError, load_catalog
+
+    faults: tuple[str, ...] = ()
+    for path in dirs:
+        if not path.is_dir():
+            raise CommandError(f"actions lint: {path} is no directory", "name the directory that holds the actions")
+    try:
+        load_catalog(dirs or config.actions.dirs)
+    except CatalogError as error:
+        faults = tuple(error.faults)
+    if as_json:
+        emit_json({"ok": not faults, "faults": list(faults)})
+    else:
+        for fault in faults or ("actions: in order",):
+            say(fault)
+    return Exit.FAULT if faults else Exit.OK
+
+
+def dry_run(config: Config, name: str, service: str, given: tuple[str, ...], *, as_json: bool) -> Exit:
+    """The exact steps that the action would consist of now, with these parameters."""
+    from actions.model import Declined
+
+    steps = asyncio.run(_steps(config, name, service, _params(given)))
+    if isinstance(steps, Declined):
+        detail = f": {steps.detail}" if steps.detail else ""
+        raise CommandError(f"{steps.action or name} on {service}: {steps.reason.value}{detail}", "nothing was executed")
+    if as_json:
+        import msgspec
+
+        emit_json({"steps": [msgspec.to_builtins(s) for s in steps]})
+        return Exit.OK
+    for step in steps:
+        say(f"{step.action} on {step.target}")
+        say(f"  run    {shlex.join(step.argv)}")
+        say(f"  check  {shlex.join(step.check) if step.check else 'none'}")
+        say(f"  undo   {shlex.join(step.undo) if step.undo else 'none'}")
+    say("nothing was executed")
+    return Exit.OK
+
+
+async def _steps(
+    config: Config, name: str, service: str, params: Mapping[str, ParamValue]
+) -> tuple[Step, ...] | Declined:
+    from actions.gates import GuardContext
+    from actions.guard import early_values, make_step, resolve_targets
+    from actions.model import Declined
+    from rules.model import Proposal
+    from sandbox import current
+
+    inventory = config.inventory_strings
+    definition = _catalog(config).choose(name, inventory.get(service))
+    if isinstance(definition, Declined):
+        return definition
+    context = GuardContext(
+        now=time.time(),
+        incident="inc-dryrun",
+        cause="",
+        posterior=0.0,
+        margin=0.0,
+        firing=False,
+        evidence_at=0.0,
+        policy=config.guard_policy,
+        inventory=inventory,
+        enforced_by=current().enforced_by,
+    )
+    values = early_values(Proposal(action=name, service=service, params=dict(params)), definition, context)
+    if isinstance(values, Declined):
+        return values
+    secrets = {s.name: os.environ[s.name] for s in definition.environment if s.name in os.environ}
+    targets = await resolve_targets(definition, values, _read_only(config), secrets)
+    if isinstance(targets, Declined):
+        return targets
+    steps: list[Step] = []
+    for target in targets:
+        step = make_step(definition, values, target)
+        if isinstance(step, Declined):
+            return step
+        steps.append(step)
+    return tuple(steps)
+
+
+def _read_only(config: Config) -> Any:
+    """Runs a look-up's argv in the sandbox."""
+
+    async def run(argv: tuple[str, ...], limits: Limits, environment: Mapping[str, str]) -> RunResult:
+        import sandbox
+
+        return await sandbox.run(
+            argv, limits, env=environment, user=config.sandbox.user, protection=config.sandbox.protection
+        )
+
+    return run
+
+
+def _params(given: tuple[str, ...]) -> dict[str, ParamValue]:
+    """`name=value`; a value that is a JSON number or boolean is one, anything else is text."""
+    params: dict[str, ParamValue] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise CommandError(f"{item!r} is not NAME=VALUE", "write --param pid=12", Exit.USAGE)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        params[name] = value if isinstance(value, str | int | float | bool) else text
+    return params

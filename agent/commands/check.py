@@ -1,0 +1,141 @@
+"""`check-config` and `packs`: is what people wrote in order?
+
+Each lists every fault it finds, and ends with 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.commands.output import CommandError, Exit, emit_json, say, table
+from agent.config import Config, ConfigError, load
+from agent.strict_kinds import Secret
+
+if TYPE_CHECKING:
+    from rules.packs import PackSet
+
+
+def check_config(file: Path | None, options: Mapping[str, str], *, as_json: bool, show: bool) -> Exit:
+    """Every fault of the configuration, and of the packs, actions and service graph that it names."""
+    faults: list[dict[str, Any]] = []
+    lines: list[str] = []
+    config: Config | None = None
+    try:
+        config = load(file, options=options)
+    except ConfigError as error:
+        faults += [dataclasses.asdict(f) for f in error.faults]
+        lines += [str(f) for f in error.faults]
+    if config is not None:
+        named = _faults_of_what_is_named(config)
+        lines += named
+        faults += [{"file": "", "line": 0, "key": "", "what": line, "hint": ""} for line in named]
+    effective = effective_config(config) if config is not None and show else None
+    if as_json:
+        answer: dict[str, Any] = {"ok": not faults, "faults": faults}
+        emit_json(answer if effective is None else answer | {"config": effective})
+    else:
+        for line in lines:
+            say(line)
+        if effective is not None:
+            import yaml
+
+            sys.stdout.write(yaml.safe_dump(effective, sort_keys=False, allow_unicode=False))
+        elif not lines:
+            say(f"{file or 'the defaults'}: in order")
+    return Exit.FAULT if faults else Exit.OK
+
+
+def effective_config(config: Config) -> dict[str, Any]:
+    """The configuration as plain values. A secret shows as the path of its file."""
+    import msgspec
+
+    def plain(value: Any) -> str:
+        if isinstance(value, Secret):
+            return str(value.path)
+        if isinstance(value, Path):
+            return str(value)
+        raise NotImplementedError(f"configuration: cannot show a {type(value).__name__}")
+
+    shown: dict[str, Any] = msgspec.to_builtins(config, enc_hook=plain)
+    return shown
+
+
+def _faults_of_what_is_named(config: Config) -> list[str]:
+    from actions.catalog import CatalogError, load_catalog
+    from agent.topology import TopologyError, load_topology
+
+    faults: list[str] = []
+    try:
+        _load_packs(config)
+    except CommandError as error:
+        faults += error.what.splitlines()
+    try:
+        load_catalog(config.actions.dirs, config.actions.disable)
+    except CatalogError as error:
+        faults += error.faults
+    if config.topology.file is not None:
+        try:
+            load_topology(config.topology.file)
+        except TopologyError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _load_packs(config: Config) -> PackSet:
+    """Raises CommandError whose text has one fault a line."""
+    from agent.packs import load_packs
+    from rules.packs import PackError
+
+    try:
+        return load_packs(config.packs.dirs, config.packs.disable)
+    except PackError as error:
+        raise CommandError("\n".join(map(str, error.faults)), "docs/packs.md") from error
+    except OSError as error:
+        raise CommandError(f"packs: {error}", "check packs.dirs") from error
+
+
+def packs_list(config: Config, *, as_json: bool) -> Exit:
+    """The causes that are known, with the pack they come from."""
+    found = _load_packs(config)
+    causes = [
+        {"cause": name, "pack": name_of_pack, "fault": cause.fault, "title": cause.title}
+        for name_of_pack, pack in sorted((p.pack, p) for p in found.packs)
+        for name, cause in pack.causes.items()
+    ]
+    if as_json:
+        emit_json({"version": found.version, "causes": causes})
+    else:
+        rows = [("cause", "pack", "fault", "title")]
+        rows += [(c["cause"], c["pack"], c["fault"], c["title"]) for c in causes]
+        table(rows, empty="no packs")
+    return Exit.OK
+
+
+def packs_lint(config: Config, files: tuple[Path, ...], *, as_json: bool) -> Exit:
+    """Checks the packs that the configuration names, or the given files and directories together with the shipped
+    ones."""
+    import msgspec
+
+    dirs = files or config.packs.dirs
+    try:
+        for path in dirs:
+            if not path.is_dir():
+                raise CommandError(f"packs lint: {path} is no directory", "name the directory that holds the packs")
+        _load_packs(msgspec.structs.replace(config, packs=msgspec.structs.replace(config.packs, dirs=tuple(dirs))))
+        faults: list[str] = []
+    except CommandError as error:
+        faults = error.what.splitlines()
+    return _report(faults, "packs: in order", as_json=as_json)
+
+
+def _report(faults: list[str], fine: str, *, as_json: bool) -> Exit:
+    if as_json:
+        emit_json({"ok": not faults, "faults": faults})
+    else:
+        for fault in faults or [fine]:
+            say(fault)
+    return Exit.FAULT if faults else Exit.OK
