@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+EPILOG = "Exit codes: 0 done; 1 a fault was found; 2 wrong usage; 3 a service cannot be reached; 130 interrupted."
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -77,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         prog="alertmedic",
         description="An on-call agent for Prometheus.",
         allow_abbrev=False,
-        epilog=__doc__.split("\n\n")[2],
+        epilog=EPILOG,
     )
     top.add_argument("--version", action="version", version=f"alertmedic {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

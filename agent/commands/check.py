@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.commands.output import CommandError, Exit, emit_json, say, table
-from agent.config import Config, ConfigError, load
+from agent.config import Config, ConfigError, Fault, load
 from agent.strict_kinds import Secret
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def check_config(file: Path | None, options: Mapping[str, str], *, as_json: bool
         lines += [str(f) for f in error.faults]
     if config is not None:
         named = _faults_of_what_is_named(config)
-        lines += named
-        faults += [{"file": "", "line": 0, "key": "", "what": line, "hint": ""} for line in named]
+        lines += map(str, named)
+        faults += [dataclasses.asdict(f) for f in named]
     effective = effective_config(config) if config is not None and show else None
     if as_json:
         answer: dict[str, Any] = {"ok": not faults, "faults": faults}
@@ -64,24 +64,23 @@ def effective_config(config: Config) -> dict[str, Any]:
     return shown
 
 
-def _faults_of_what_is_named(config: Config) -> list[str]:
+def _faults_of_what_is_named(config: Config) -> list[Fault]:
     from actions.catalog import CatalogError, load_catalog
     from agent.topology import TopologyError, load_topology
 
-    faults: list[str] = []
+    faults: list[Fault] = []
     try:
         _load_packs(config)
     except CommandError as error:
-        faults += error.what.splitlines()
+        faults += [Fault("packs", 0, "", line) for line in error.what.splitlines()]
     try:
         load_catalog(config.actions.dirs, config.actions.disable)
     except CatalogError as error:
+        faults += [Fault("actions", 0, "", str(fault)) for fault in error.faults]
+    try:
+        load_topology(config)
+    except TopologyError as error:
         faults += error.faults
-    if config.topology.file is not None:
-        try:
-            load_topology(config.topology.file)
-        except TopologyError as error:
-            faults.append(str(error))
     return faults
 
 
