@@ -21,6 +21,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from agent.demo.children import WorldError
+from agent.demo.probe import recovered_at
 from agent.demo.recording import record_fault
 from agent.demo.report import EXPECTED, FINAL_STATES, Measured, Verdict, judge, table, top_hypothesis, write
 from agent.demo.world import World
@@ -77,7 +78,7 @@ class Follower:
 
     def _look_at_probe(self) -> None:
         if self.measured.recovered_at is None:
-            recovered = self._world.probe.recovered_at(self.measured.fault_at)
+            recovered = recovered_at(self._world.probe.since(self.measured.fault_at))
             if recovered is not None:
                 self.measured = replace(self.measured, recovered_at=recovered)
                 self._timeline.say("probe", "checkouts are fine again", "green")

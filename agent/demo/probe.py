@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -31,6 +31,24 @@ class Checkout:
     good: bool
 
 
+def degraded_at(probes: Sequence[Checkout]) -> float | None:
+    """When the second of two bad probes in a row had shown it; None while the shop is fine."""
+    for one, two in itertools.pairwise(probes):
+        if not one.good and not two.good:
+            return two.at + two.seconds
+    return None
+
+
+def recovered_at(probes: Sequence[Checkout]) -> float | None:
+    """When the last of `IN_A_ROW` good probes after the last bad one had been answered; None until then, and where
+    nothing was bad."""
+    bad = [i for i, probe in enumerate(probes) if not probe.good]
+    if not bad:
+        return None
+    row = probes[bad[-1] + 1 :][:IN_A_ROW]
+    return max(c.at + c.seconds for c in row) if len(row) == IN_A_ROW else None
+
+
 class Probe:
     """Probes every `INTERVAL_SECONDS`, whatever becomes of the probe before."""
 
@@ -49,27 +67,12 @@ class Probe:
         probes = self.since(since)
         return sum(c.good for c in probes) / len(probes) if probes else float("nan")
 
-    def degraded_at(self, since: float) -> float | None:
-        """When the second of two bad probes in a row had shown it; None while the shop is fine."""
-        probes = self.since(since)
-        for one, two in itertools.pairwise(probes):
-            if not one.good and not two.good:
-                return two.at + two.seconds
-        return None
-
-    def recovered_at(self, since: float) -> float | None:
-        """When the last of `IN_A_ROW` good probes after the last bad one had been answered; None until then."""
-        probes = self.since(since)
-        bad = [i for i, c in enumerate(probes) if not c.good]
-        if not bad or len(probes) - bad[-1] <= IN_A_ROW:
-            return None
-        row = probes[bad[-1] + 1 : bad[-1] + 1 + IN_A_ROW]
-        return max(c.at + c.seconds for c in row)
-
     def steady(self, seconds: float) -> bool:
-        """Whether every probe of the last `seconds` was good, and there were some."""
+        """Whether nearly every probe of the last `seconds` was good (other work on the machine may delay one), and the
+        last few all were."""
         probes = self.since(time.time() - seconds)
-        return len(probes) >= IN_A_ROW and all(c.good for c in probes)
+        row = probes[-IN_A_ROW:]
+        return len(row) == IN_A_ROW and all(c.good for c in row) and sum(c.good for c in probes) >= 0.9 * len(probes)
 
     async def _one(self, session: aiohttp.ClientSession) -> None:
         at, began = time.time(), time.monotonic()

@@ -85,16 +85,17 @@ class Verdict:
 def top_hypothesis(incident: dict[str, Any]) -> dict[str, Any] | None:
     """The best hypothesis; None while there is no diagnosis, or where it says that the evidence does not suffice."""
     hypotheses = incident["hypotheses"]
-    return hypotheses[0] if incident.get("verdict") == "ranked" and hypotheses else None
+    return hypotheses[0] if incident["verdict"] == "ranked" and hypotheses else None
 
 
 def touching_steps(incident: dict[str, Any]) -> list[tuple[str, str | None]]:
     """(action, enforced by) of everything that was run against the world: not what was only planned, and nothing
     read-only."""
     touched: list[tuple[str, str | None]] = []
-    for past in incident.get("past_plans", ()):
-        pairs = zip(past["actions"], past["states"], strict=False)
-        touched += [(action, None) for action, state in pairs if state not in UNTOUCHED_STEPS]
+    for past in incident["past_plans"]:
+        for action, state in zip(past["actions"], past["states"], strict=False):
+            if state not in UNTOUCHED_STEPS and not action.startswith("diagnostic."):
+                touched.append((action, None))
     for step in (incident["plan"] or {"steps": ()})["steps"]:
         if step["state"] not in UNTOUCHED_STEPS and not step["read_only"]:
             touched.append((step["action"], (step.get("result") or {}).get("enforced_by")))

@@ -231,10 +231,13 @@ class World:
             return True
 
         await until("PostgreSQL answers", answers, 15, child)
-        await self.execute("postgres", settings.DATABASE_ROLES)
-        await self.execute("postgres", "CREATE DATABASE shop OWNER shop")
-        await self.execute("shop", SCHEMA.read_text(), role="shop")
-        await self.execute("shop", "GRANT ALL ON ALL TABLES IN SCHEMA public TO analyst", role="shop")
+        try:
+            await self.execute("postgres", settings.DATABASE_ROLES)
+            await self.execute("postgres", "CREATE DATABASE shop OWNER shop")
+            await self.execute("shop", SCHEMA.read_text(), role="shop")
+            await self.execute("shop", "GRANT ALL ON ALL TABLES IN SCHEMA public TO analyst", role="shop")
+        except (OSError, asyncpg.PostgresError) as error:
+            raise WorldError(f"the shop's database could not be set up: {error}\n{child.tail()}") from error
 
     async def execute(self, database: str, statements: str, role: str = "postgres") -> None:
         connection = await asyncpg.connect(self.ports.database(role, database), timeout=3)
@@ -335,6 +338,9 @@ class World:
     def agent_configuration(self) -> str:
         return settings.agent(self.ports, self.place("supervisor"), self.place("agent") / "state")
 
+    def agent_environment(self) -> dict[str, str]:
+        return bare_environment() | {"HOME": str(self.place("agent"))}
+
     async def start_agent(self) -> Child:
         """The installed command, with a configuration file and an environment of its own; returns when it is ready."""
         place = self.place("agent")
@@ -342,8 +348,8 @@ class World:
         config.write_text(self.agent_configuration())
         command = Path(sys.executable).with_name("alertmedic")
         program = (str(command),) if command.exists() else (sys.executable, "-m", "agent")
-        env = bare_environment() | {"HOME": str(place)}
-        child = await self._start("agent", Command((*program, "serve", "--config", str(config)), env))
+        serve = Command((*program, "serve", "--config", str(config)), self.agent_environment())
+        child = await self._start("agent", serve)
         await self._until_ready("agent", child)
         return child
 
