@@ -62,4 +62,3 @@ async def open_store(tmp_path: Path) -> AsyncIterator[Callable[[], Store]]:
     yield begin
     for store in opened[-1:]:
         await store.close()
-

@@ -163,7 +163,9 @@ class Port:
         return f"http://{host}:{port}"
 
     async def post(self, data: bytes, path: str = "/webhook", headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        async with self.session.post(self.url + path, data=data, headers=JSON if headers is None else headers) as answer:
+        async with self.session.post(
+            self.url + path, data=data, headers=JSON if headers is None else headers
+        ) as answer:
             return answer.status, await answer.json()
 
     async def get(self, path: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:
@@ -182,7 +184,9 @@ class Port:
             async with asyncio.timeout(20):
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = next(
-                    int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+                    int(line.split(b":")[1])
+                    for line in head.split(b"\r\n")
+                    if line.lower().startswith(b"content-length")
                 )
                 return head + await reader.readexactly(length)
         finally:

@@ -305,16 +305,19 @@ def mutated(draw: st.DrawFn) -> bytes:
 @given(st.binary(max_size=64) | json_values.map(lambda v: json.dumps(v).encode()) | mutated())
 @settings(max_examples=300)
 def test_any_body_gives_a_payload_or_a_reason(raw: bytes) -> None:
+    refused: PayloadError | None = None
     try:
         read = parse(raw)
     except PayloadError as error:
-        assert error.status == 400
-        assert error.reason
-        assert error.path.startswith("$")
-    else:
-        assert read.alerts or read.bad
-        assert all(b.reason and b.path.startswith(f"$.alerts[{b.index}") for b in read.bad)
-        json.dumps([b.head for b in read.bad]).encode()
+        refused = error
+    if refused is not None:
+        assert refused.status == 400
+        assert refused.reason
+        assert refused.path.startswith("$")
+        return
+    assert read.alerts or read.bad
+    assert all(b.reason and b.path.startswith(f"$.alerts[{b.index}") for b in read.bad)
+    json.dumps([b.head for b in read.bad]).encode()
 
 
 @pytest.mark.parametrize("tenant", ["default", "a", "A.b_c-9", "x" * 64])
