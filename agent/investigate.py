@@ -132,7 +132,7 @@ class Investigation:
                 evidence_at=situation.until,
                 justification=justification,
             ),
-            self._moved(incident, _I.DIAGNOSED, diagnosis.sentence, at=now),
+            self._moved(incident, _I.DIAGNOSED, "", at=now),
         )
         failpoint("investigate_after_diagnosed")
         return None

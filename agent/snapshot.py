@@ -109,7 +109,7 @@ def _processes(port: str, pid: int) -> list[psutil.Process]:
         roots |= {
             c.pid
             for c in psutil.net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN and c.laddr.port == int(port) and c.pid
+            if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == int(port) and c.pid
         }
     found: dict[int, psutil.Process] = {}
     for root in sorted(roots):

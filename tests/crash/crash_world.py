@@ -42,6 +42,7 @@ causes:
     fault: crash
     kinds: [http]
     prior: 0.2
+    needs: [probe_state]
     evidence:
       - group: probe_state
         states: {strong: [0.95, 0.01], weak: [0.03, 0.04], absent: [0.02, 0.95]}
@@ -53,22 +54,23 @@ causes:
         reason: The part is broken.
 """
 ACTION = """
-name: crash_test.replace
-description: Replaces the part; doing it twice would be one too many
-where: host
-idempotent: false
-parameters:
-  service: {from: plan, pattern: "[a-z0-9_-]+"}
-  incident: {from: plan, pattern: "[a-z0-9-]+"}
-  directory: {from: inventory, key: log_root, pattern: "/.*"}
-  url: {from: inventory, key: http_admin, pattern: "http://.*"}
-target: service={service}
-argv: [@do@]
-check: [@check@]
-undo: [@undo@]
-verify_seconds: 20
-limits: {timeout_seconds: 20, cpu_percent: 100}
-risk: {reversible: true, blast_radius: service, changes: runtime, auto: allowed}
+actions:
+  - name: crash_test.replace
+    description: Replaces the part; doing it twice would be one too many
+    where: host
+    idempotent: false
+    parameters:
+      service: {from: plan, pattern: "[a-z0-9_-]+"}
+      incident: {from: plan, pattern: "[a-z0-9-]+"}
+      directory: {from: inventory, key: log_root, pattern: "/.*"}
+      url: {from: inventory, key: http_admin, pattern: "http://.*"}
+    target: service={service}
+    argv: [@do@]
+    check: [@check@]
+    undo: [@undo@]
+    verify_seconds: 20
+    limits: {timeout_seconds: 20, cpu_percent: 100}
+    risk: {reversible: true, blast_radius: service, changes: runtime, auto: allowed}
 """
 
 
