@@ -110,6 +110,7 @@ class App:
 
     def __init__(self, webhook: Webhook, routes: Mapping[str, Mapping[str, Handler]], options: Options) -> None:
         self.webhook = webhook
+        self.routes = routes  # by path and method; `*` is one step of the path
         self._options = options
         self._plain = {path: methods for path, methods in routes.items() if "*" not in path}
         self._patterns = [
