@@ -283,7 +283,7 @@ class PrometheusSource:
         except MalformedError as error:
             raise QueryError(f"{path}: {error}; is {self._base.host} a Prometheus?") from error
         except TimeoutError as error:
-            raise QueryError(f"timeout after {max(0.0, seconds):.3g} s") from error
+            raise QueryError(f"timeout after {max(0.0, round(seconds, 1)):g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise QueryError(_reason(error)) from error
 
