@@ -8,8 +8,8 @@ The required fields are REQUIRED_PAYLOAD and REQUIRED_ALERT; docs/webhook.md lis
 fields are accepted, since every release of Alertmanager adds some. Decoding is strict about what JSON leaves open: a
 repeated name in an object, an unpaired surrogate and NUL are reported, never resolved by guessing.
 
-A body is decoded once by orjson. That a name was repeated shows in the number of strings, which is then smaller than in
-the bytes; only then (and when orjson refuses) the standard decoder goes over it again to find out where.
+A body is decoded once by orjson. That a name was repeated shows in the number of quotation marks, which is smaller when
+what was decoded is written again; only then (and when orjson refuses) the standard decoder goes over it, to find where.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ MAX_DEPTH: Final = 200  # of arrays and objects; what orjson can write is a litt
 
 _TENANT = re.compile(r"[a-zA-Z0-9._-]{1,64}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.(\d+))?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
-_ESCAPE = re.compile(rb"\\(?:u0000|.)", re.DOTALL)
+_ESCAPE = re.compile(rb"\\(?:u0000|u0022|.)", re.DOTALL)
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_ZERO_TIME = -62135596800.0  # 0001-01-01T00:00:00Z, Go's zero time
+_ZERO_TEXT = "0001-01-01T00:00:00Z"  # Go's zero time
+_ZERO_TIME = -62135596800.0
 _LATEST = 253402300800.0  # 10000-01-01T00:00:00Z
 _encode_state = msgspec.json.Encoder(order="deterministic").encode
 
@@ -118,10 +119,12 @@ def parse_payload(body: bytes, tenant: str, bounds: Bounds = DEFAULT_BOUNDS) -> 
         return _payload(_decode_exactly(body), tenant, bounds, odd=True)
     escapes = _ESCAPE.findall(body) if b"\\" in body else []
     try:
-        read = _quotes(orjson.dumps(document))
+        written = orjson.dumps(document)
     except orjson.JSONEncodeError as error:  # what was read from JSON can fail to be written for its depth only
         raise PayloadError("nested too deeply") from error
-    if body.count(b'"') - escapes.count(b'\\"') != read:
+    # A repeated name is gone from what was decoded, with its quotation marks. The count compares nothing else, as long
+    # as every quotation mark within a string is escaped in both texts in the same way, so not as \u0022.
+    if b"\\u0022" in escapes or body.count(b'"') != written.count(b'"'):
         return _payload(_decode_exactly(body), tenant, bounds, odd=True)
     return _payload(document, tenant, bounds, odd=b"\\u0000" in escapes)
 
@@ -155,14 +158,6 @@ def alert_digest(status: str, starts_at: str, ends_at: str, labels: dict[str, st
 
 def body_digest(body: bytes) -> str:
     return blake2b(body, digest_size=16).hexdigest()
-
-
-def _quotes(raw: bytes) -> int:
-    """How many quotation marks delimit strings in a valid JSON text: twice the number of names and string values."""
-    count = raw.count(b'"')
-    if b"\\" in raw:
-        count -= _ESCAPE.findall(raw).count(b'\\"')
-    return count
 
 
 class _Repeated(dict[str, Any]):
@@ -307,7 +302,7 @@ def _usual_alert(entry: Any, tenant: str, bounds: Bounds) -> Alert | None:
         size = len("".join((*labels.values(), *annotations.values(), url, fingerprint, starts_text, ends_text)))
         names = len("".join((*labels, *annotations)))
         starts_at = parse_time(starts_text)
-        ends_at = parse_time(ends_text)
+        ends_at = _ZERO_TIME if ends_text == _ZERO_TEXT else parse_time(ends_text)
     except (TypeError, KeyError, AttributeError, ValueError):
         return None
     if (

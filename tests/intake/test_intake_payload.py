@@ -263,6 +263,16 @@ def test_a_repeated_name_is_found_however_it_is_written(sent: dict[str, Any], na
     ]
 
 
+@pytest.mark.parametrize("written", [r"\u0022", r"\"", r"\\\"", r"\\", r"\u005c\u0022", r"\u0022\u0022"])
+def test_quotation_marks_in_text_hide_no_repeated_name(written: str) -> None:
+    """Each way of writing one, beside a repeated name and without."""
+    good = body().replace(b'"s"', f'"{written}"'.encode())
+    assert parse(good).alerts[0].annotations == {"summary": json.loads(f'"{written}"')}
+    for other in (written, written.replace(r"\u0022", r"\""), "x"):
+        doubled = good.replace(b'"summary"', f'"summary": "{other}", "summary"'.encode())
+        assert [b.path for b in parse(doubled).bad] == ["$.alerts[0].annotations.summary"]
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
