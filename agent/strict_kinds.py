@@ -9,31 +9,35 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 MAX_SECRET_BYTES = 64 * 1024
 Problem = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
 class Secret:
     """A secret and the file it was read from. Printing it in any way shows the path only; `value` is the content
-    without the trailing line end."""
+    without the trailing line end. Not a dataclass: serialisers look into those, and would write the value out."""
 
-    path: Path
-    value: str = field(repr=False)
+    __slots__ = ("path", "value")
+
+    def __init__(self, path: Path, value: str) -> None:
+        self.path = path
+        self.value = value
 
     def current(self) -> str:
         """What the file holds now, so that a rotated secret is picked up; while it is unreadable, what it held."""
         now = read_secret(self.path)
         return self.value if isinstance(now, str) else now.value
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"<secret from {self.path}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is not copied or pickled; name its file instead")
 
 
 def read_secret(path: Path) -> Secret | str:

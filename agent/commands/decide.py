@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from agent.store import Store
 
 SECONDS = 30.0
-MAX_ANSWER = 64 * 1024 * 1024
 Decision = Literal["approve", "reject"]
 T = TypeVar("T")
 
@@ -57,7 +56,7 @@ def call(path: Path, method: str, target: str, body: Any = None, timeout: float 
         sent = None if body is None else json.dumps(body).encode()
         connection.request(method, target, sent, {"Content-Type": "application/json"} if sent else {})
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read(MAX_ANSWER) or b"null")
+        return answer.status, json.loads(answer.read() or b"null")
     except PermissionError as error:
         hint = "run this as the service's user or as root"
         raise CommandError(f"control socket {path}: permission denied", hint, Exit.UNREACHABLE) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from pathlib import Path
 
 import msgspec
@@ -160,6 +162,9 @@ def test_a_secret_is_never_printed(tmp_path: Path) -> None:
     assert secret.value == "hunter2"
     for shown in (repr(config), str(config), f"{secret}", repr(secret), str([secret])):
         assert "hunter2" not in shown
+    for write in (msgspec.json.encode, msgspec.to_builtins, pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError):
+            write(secret)
 
 
 def test_a_rotated_secret_is_picked_up_and_a_vanished_one_is_remembered(tmp_path: Path) -> None:

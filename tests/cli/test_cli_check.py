@@ -1,0 +1,219 @@
+"""`check-config`, `packs`, `actions`, `metrics`, `version`, usage errors, and what starting costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_world import alertmedic, environment, process
+
+BAD = """\
+listen: nowhere
+gaurd: {}
+prometheus:
+  url: gopher://x
+  basic: {username: a}
+auth:
+  basic: [{name: am, password_file: secret.txt, tenants: ["[a"]}]
+"""
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    (tmp_path / "secret.txt").write_text("hunter2\n")
+    file = tmp_path / "bad.yaml"
+    file.write_text(BAD)
+    return file
+
+
+def test_all_faults_are_listed_with_file_line_and_key(bad: Path) -> None:
+    done = process("check-config", bad)
+    assert done.code == 1
+    lines = done.out.splitlines()
+    assert [line.removeprefix(f"{bad}:").split(": ")[:2] for line in lines] == [
+        ["1", "listen"],
+        ["2", "gaurd"],
+        ["4", "prometheus.url"],
+        ["5", "prometheus.basic.password_file"],
+        ["7", "auth.basic[0].tenants[0]"],
+    ]
+
+
+def test_the_same_as_json(bad: Path) -> None:
+    done = alertmedic("check-config", bad, "--json")
+    assert done.code == 1
+    assert not done.json["ok"]
+    assert [(f["line"], f["key"]) for f in done.json["faults"]][:2] == [(1, "listen"), (2, "gaurd")]
+    assert all(f["what"] and f["hint"] for f in done.json["faults"])
+
+
+def test_a_good_one_is_shown_without_its_secrets(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("hunter2\n")
+    file = tmp_path / "good.yaml"
+    file.write_text(
+        "prometheus: {url: 'http://p:9090', bearer_token_file: secret.txt}\n"
+        "auth: {basic: [{name: am, password_file: secret.txt}]}\n"
+    )
+    assert "in order" in alertmedic("check-config", file).out
+    shown = alertmedic("check-config", file, "--show")
+    assert shown.code == 0
+    assert "hunter2" not in shown.out
+    values = yaml.safe_load(shown.out)
+    assert values["prometheus"]["bearer_token_file"] == str(tmp_path / "secret.txt")
+    assert values["guard"]["min_posterior"] == 0.6
+    as_json = alertmedic("check-config", file, "--show", "--json")
+    assert "hunter2" not in as_json.out
+    assert as_json.json["config"] == values
+    again = tmp_path / "again.yaml"
+    again.write_text(shown.out)
+    assert alertmedic("check-config", again, "--show").out == shown.out, "what is shown is a configuration"
+
+
+def test_faults_of_what_the_configuration_names_are_listed_too(tmp_path: Path) -> None:
+    for name in ("packs", "actions"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text("nonsense: 1\n")
+    (tmp_path / "graph.yaml").write_text("edges: {a: [a]}\n")
+    file = tmp_path / "c.yaml"
+    file.write_text("packs: {dirs: [packs]}\nactions: {dirs: [actions]}\ntopology: {file: graph.yaml}\n")
+    done = alertmedic("check-config", file, "--json")
+    assert done.code == 1
+    assert {"packs", "actions", str(tmp_path / "graph.yaml")} <= {f["file"] for f in done.json["faults"]}
+
+
+def test_the_environment_and_options_are_checked() -> None:
+    assert process("check-config").code == 0
+    done = process("check-config", ALERTMEDIC_GUARD__MIN_POSTERIOR="7")
+    assert done.code == 1
+    assert "ALERTMEDIC_GUARD__MIN_POSTERIOR: guard.min_posterior: 7" in done.out
+    refused = process("serve", "--listen", "nowhere")
+    assert refused.code == 1
+    assert "--listen: listen:" in refused.err
+    assert process("check-config", "/no/such/file.yaml").code == 1
+    assert process("incidents", "--config", "/no/such/file.yaml").code == 1
+
+
+def test_packs() -> None:
+    listed = alertmedic("packs", "list", "--json").json
+    assert "postgres.blocking_session" in {c["cause"] for c in listed["causes"]}
+    assert "postgres.blocking_session" in alertmedic("packs", "list").out
+    assert alertmedic("packs", "lint").code == 0
+
+
+def test_faults_of_packs_and_actions(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("nonsense: 1\n")
+    for group in ("packs", "actions"):
+        done = alertmedic(group, "lint", tmp_path, "--json")
+        assert done.code == 1
+        assert done.json["faults"]
+        assert alertmedic(group, "lint", tmp_path).code == 1
+        assert alertmedic(group, "lint", tmp_path / "absent").code == 1
+
+
+def test_actions_list_and_show() -> None:
+    listed = alertmedic("actions", "list", "--json", ALERTMEDIC_INVENTORY="{db: {systemd_unit: db.service}}").json[
+        "actions"
+    ]
+    (restart,) = [a for a in listed if a["name"] == "service.restart.systemd"]
+    assert restart["services"] == ["db"]
+    shown = alertmedic("actions", "show", "service.restart.systemd", "--json").json["actions"]
+    assert shown[0]["name"] == "service.restart.systemd"
+    assert len(alertmedic("actions", "show", "service.restart", "--json").json["actions"]) == 2
+    assert "systemd" in alertmedic("actions", "show", "service.restart.systemd").out
+    assert alertmedic("actions", "show", "no.such").code == 1
+
+
+def test_a_dry_run_prints_the_exact_argv_and_executes_nothing() -> None:
+    inventory = "{db: {systemd_unit: alertmedic-test-absent.service}}"
+    done = alertmedic(
+        "actions", "dry-run", "service.restart", "--service", "db", "--json", ALERTMEDIC_INVENTORY=inventory
+    )
+    if done.code == 0:
+        (step,) = done.json["steps"]
+        assert "alertmedic-test-absent.service" in " ".join(step["argv"])
+    else:  # the look-up of its identity failed, since there is no systemd or no such unit
+        assert "nothing was executed" in done.err
+    nowhere = alertmedic("actions", "dry-run", "service.restart", "--service", "unknown")
+    assert nowhere.code == 1
+    assert "no_inventory" in nowhere.err
+    assert alertmedic("actions", "dry-run", "service.restart", "--service", "db", "--param", "x").code in (1, 2)
+
+
+def test_a_dry_run_of_an_action_without_look_up() -> None:
+    inventory = '{orders: {flags_url: "http://127.0.0.1:1/flags"}}'
+    done = alertmedic(
+        "actions",
+        "dry-run",
+        "feature_flag.set",
+        "--service",
+        "orders",
+        "--param",
+        "flag=new_checkout",
+        "--param",
+        "value=off",
+        ALERTMEDIC_INVENTORY=inventory,
+    )
+    text = done.out + done.err
+    assert "nothing was executed" in text
+    assert "new_checkout" in text or "feature_flag.set" in text
+
+
+def test_metrics_without_a_server_or_with_a_dead_one() -> None:
+    assert alertmedic("metrics", "names").code == 2
+    dead = alertmedic("metrics", "names", "--url", "http://127.0.0.1:1")
+    assert dead.code == 3
+    assert "127.0.0.1" in dead.err
+
+
+def test_version_and_usage() -> None:
+    assert process("version").out == process("--version").out
+    assert process("version", "--json").json["version"]
+    for wrong in (
+        ["nonsense"],
+        [],
+        ["incidents", "--nonsense"],
+        ["journal"],
+        ["approve"],
+        ["incidents", "--limit", "-1"],
+    ):
+        assert process(*wrong).code == 2, wrong
+    assert process("incidents", "--js").code == 2, "an option is not guessed from its beginning"
+
+
+def test_a_failed_start_is_a_message() -> None:
+    done = process("serve", "--listen", "192.0.2.1:1", "--state-dir", "/proc/alertmedic")
+    assert done.code == 1
+    assert done.err.count("\n") <= 3
+    assert "Traceback" not in done.err
+
+
+def test_serving_imports_nothing_that_only_people_need() -> None:
+    code = "import agent.cli, agent.app, sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120, check=True
+    )
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert not loaded & {
+        "rich",
+        "pandas",
+        "matplotlib",
+        "prometheus_api_client",
+        "requests",
+        "asyncpg",
+        "psycopg",
+        "pgmpy",
+    }
+    assert "opentelemetry.exporter.otlp" not in json.loads(done.stdout)
+
+
+def test_the_command_line_itself_imports_next_to_nothing() -> None:
+    code = "import agent.cli, sys, json; agent.cli.parser(); print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120, check=True
+    )
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert not loaded & {"aiohttp", "numpy", "msgspec", "yaml", "rich", "opentelemetry", "prometheus_client"}
