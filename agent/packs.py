@@ -14,6 +14,7 @@ import yaml
 from rules.packs import Fault, Pack, PackError, PackSet, parse_pack
 
 MAX_PACK_BYTES = 1 << 20
+MAX_DEPTH = 20
 
 
 class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
@@ -73,8 +74,8 @@ def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> Pack
 def read_pack(text: str, where: str) -> Pack:
     """One pack from YAML text. Raises PackError whose faults carry line numbers."""
     try:
+        _check_shape(text, where)
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 -- derives from SafeLoader
-        lines = _lines(yaml.compose(text, Loader=_Loader), ())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f"line {mark.line + 1}: " if mark is not None else ""
@@ -82,8 +83,21 @@ def read_pack(text: str, where: str) -> Pack:
     try:
         return parse_pack(data, where)
     except PackError as error:
+        lines = _lines(yaml.compose(text, Loader=_Loader), ())
         located = [Fault(f.path, f"line {_line(lines, f.path)}: {f.reason}") for f in error.faults]
         raise PackError(where, located) from None
+
+
+def _check_shape(text: str, where: str) -> None:
+    """Refuses aliases, which could make a small file huge or endless, and nesting that no pack needs."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1 if event.start_mark is not None else 1
+        if isinstance(event, yaml.AliasEvent):
+            raise PackError(where, [Fault((), f"line {line}: aliases (*{event.anchor}) are not allowed in packs")])
+        if depth > MAX_DEPTH:
+            raise PackError(where, [Fault((), f"line {line}: nested deeper than {MAX_DEPTH}")])
 
 
 def _lines(node: yaml.Node | None, path: tuple[str | int, ...]) -> dict[tuple[str | int, ...], int]:

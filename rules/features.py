@@ -28,6 +28,7 @@ BoolArray = NDArray[np.bool_]
 
 WEAK = 3.0
 STRONG = 6.0
+COLLAPSE = 0.1  # a rate at a tenth of its baseline has stopped
 MIN_BASELINE = 3  # fewer normal samples are no baseline
 GUARD_FROM = 12  # so many normal samples before the last sixth is given up
 _STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # kinds whose absence means none
@@ -112,10 +113,11 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
     """Features of every series of one frame. Vectorised: two sorts and a few passes over the matrix."""
     values = np.where(np.isfinite(frame.values), frame.values, np.nan)
     normal, abnormal = _windows(frame.times, situation)
+    # Contiguous, so that sums run in the same order (to the last bit) however many series stand beside one.
+    before, after = np.ascontiguousarray(values[:, normal]), np.ascontiguousarray(values[:, abnormal])
     with np.errstate(all="ignore"):
-        baseline, scale, based = _baseline(values[:, normal], traits)
-        before = np.isfinite(values[:, normal])
-        settled = _settled(values[:, abnormal])
+        baseline, scale, based = _baseline(before, traits)
+        settled = _settled(after)
         tail = settled[:, settled.shape[1] - -(-settled.shape[1] // 3) :]
         ordered, count = _ordered(settled)
         up, down = _at(ordered, count // 2), _at(ordered, (count - 1) // 2)
@@ -127,8 +129,8 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
         shift = (level - baseline) / scale
         z = np.where(traits.sign == 0, np.abs(shift), shift * traits.sign)
         if traits.growth.any() and normal.any():
-            z = np.where(traits.growth, np.fmax(z, _growth(values[:, normal], level, traits)), z)
-        silent = (before.mean(axis=1) >= 0.5) if normal.any() else np.zeros(len(frame.ids), dtype=bool)
+            z = np.where(traits.growth, np.fmax(z, _growth(before, level, traits)), z)
+        silent = (np.isfinite(before).mean(axis=1) >= 0.5) if normal.any() else np.zeros(len(frame.ids), dtype=bool)
         share = np.isfinite(settled).mean(axis=1) if settled.shape[1] else np.ones(len(frame.ids))
         onset = _onset(frame.times, values, baseline, scale, np.where(traits.sign == 0, np.sign(shift), traits.sign))
         return Features(
@@ -136,7 +138,7 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
             scale=scale,
             level=level,
             z=np.nan_to_num(z, nan=0.0, posinf=1e9, neginf=-1e9),
-            slope=_slope(frame.times[abnormal], values[:, abnormal]),
+            slope=_slope(frame.times[abnormal], after),
             onset=onset,
             silent=silent & (share < 0.25),
             based=based,
@@ -306,7 +308,8 @@ def _state(signal: Signal, z: float, level: float, baseline: float, based: bool,
         return None
     if signal.bad == "none":
         return "absent"
-    if z >= STRONG:
+    collapsed = signal.kind == "rate" and signal.bad == "down" and z >= WEAK and level <= COLLAPSE * baseline
+    if z >= STRONG or collapsed:  # what has stopped has stopped, however noisy it was
         return "strong"
     if z >= WEAK:
         return "weak"

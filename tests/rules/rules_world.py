@@ -1,7 +1,7 @@
 """A synthetic shop: the situations of the demo and their near misses, as the sources would deliver them.
 
-`Shop` holds normal series (with noise) of front, orders, worker, postgres and their host, one sample a second; a fault is
-a function that changes what happens after it strikes. Nothing here knows packs: only names of signals.
+`Shop` holds normal series (with noise) of front, orders, worker, postgres and their host, one sample a second; a fault
+is a function that changes what happens after it strikes. Nothing here knows packs: only names of signals.
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ class Shop:
     def evidence(self) -> tuple[Evidence, ...]:
         ordered = sorted(self.series, key=lambda s: (s.metric, s.labels))
         found = [
-            Evidence(name=metric, source="prometheus", frame=Frame(self.times, ids, np.vstack([self.series[s] for s in ids])))
+            Evidence(
+                name=metric, source="prometheus", frame=Frame(self.times, ids, np.vstack([self.series[s] for s in ids]))
+            )
             for metric, group in groupby(ordered, key=lambda s: s.metric)
             for ids in (tuple(group),)
         ]
