@@ -41,35 +41,39 @@ class Merge:
         self.group: Incident | None = None  # what this record's alerts join
         self.how: dict[str, str] = {}  # incident -> what the alerts did to it
         self.alerts: dict[str, list[tuple[Alert, str]]] = {}  # incident -> (alert, service)
+        self.indexed: set[tuple[str, str, str]] = set()  # (incident, alertname, service)
         self.opened: list[str] = []
         self.reopened: list[str] = []
 
     def run(self) -> Changes:
         record, state = self.record, self.state
-        state.now = max(state.now, record.at)
+        at, tenant, label, digests = record.at, record.tenant, state.policy.service_label, state.digests
+        if at > state.now:
+            state.now = at
         for alert in record.alerts:
-            service = alert.labels.get(state.policy.service_label, "")
-            known = state.digests.pop((record.tenant, alert.fingerprint), None)
-            if alert.status == "firing":
-                incident = self._firing(alert, service, known)
-                incident.last_firing_seq = self.seq
+            service = alert.labels.get(label, "")
+            fingerprint = alert.fingerprint
+            # popped and set again it is the newest, so that forgetting goes from the front
+            known = digests.pop((tenant, fingerprint), None)
+            incident = (
+                self._firing(alert, service, known)
+                if alert.status == "firing"
+                else self._resolved(alert, service, known)
+            )
+            if incident is None:
+                digests[tenant, fingerprint] = Current(alert.digest, alert.status, at, "")
+                continue
+            id, alerts = incident.id, incident.alerts
+            digests[tenant, fingerprint] = Current(alert.digest, alert.status, at, id)
+            if fingerprint in alerts or len(alerts) < MAX_ALERTS:
+                alerts[fingerprint] = alert
             else:
-                found = self._resolved(alert, service, known)
-                if found is None:
-                    self._remember(alert, "")
-                    continue
-                incident = found
-            self._keep(incident, alert)
-            self._remember(alert, incident.id)
-            self.alerts.setdefault(incident.id, []).append((alert, service))
+                incident.alerts_dropped += 1
+            if id in self.alerts:
+                self.alerts[id].append((alert, service))
+            else:
+                self.alerts[id] = [(alert, service)]
         return self._told()
-
-    def _remember(self, alert: Alert, incident: str) -> None:
-        # the key was popped before: re-inserted it is the newest, so that forgetting goes from the front
-        key = (self.record.tenant, alert.fingerprint)
-        self.state.digests[key] = Current(
-            digest=alert.digest, status=alert.status, at=self.record.at, incident=incident
-        )
 
     def _told(self) -> Changes:
         record = self.record
@@ -96,17 +100,19 @@ class Merge:
             incident = self.group or self._join(alert, service, own)
             if self.record.group_key:  # a sender that groups says that these belong together
                 self.group = incident
-        incident.last_alert_at = max(incident.last_alert_at, self.record.at)
-        self._index(incident, alert, service)
+        if self.record.at > incident.last_alert_at:
+            incident.last_alert_at = self.record.at
+        incident.last_firing_seq = self.seq
+        self._index(incident, alert.name, service)
         return incident
 
-    def _key(self, alert: Alert, service: str) -> str:
-        return self.record.group_key or f"{alert.name}/{service}"
+    def _key(self, name: str, service: str) -> str:
+        return self.record.group_key or f"{name}/{service}"
 
     def _join(self, alert: Alert, service: str, own: Incident | None) -> Incident:
         """What an alert that belongs to no live incident joins; opens or reopens one where it must."""
         state, tenant, at = self.state, self.record.tenant, self.record.at
-        key = self._key(alert, service)
+        key = self._key(alert.name, service)
         same_group = state.incidents.get(state.index.get(("group", tenant, key), ""))
         if same_group is not None and self._mergeable(same_group):
             return self._joined(same_group, "")
@@ -165,27 +171,26 @@ class Merge:
         self.how[incident.id] = "it opens the incident"
         return incident
 
-    def _index(self, incident: Incident, alert: Alert, service: str) -> None:
+    def _index(self, incident: Incident, name: str, service: str) -> None:
         """What the incident may be found by from now on. A name over the bound is not indexed: it would never leave."""
         index, tenant, id = self.state.index, incident.tenant, incident.id
-        key = self._key(alert, service)
-        if _named(incident.keys, key):
-            index["group", tenant, key] = id
+        if (id, name, service) in self.indexed:
+            return
+        self.indexed.add((id, name, service))
+        key = self._key(name, service)
+        at = ("group", tenant, key)
+        if index.get(at) != id and _named(incident.keys, key):
+            index[at] = id
         if not service:
             return
         if not incident.entry:
             incident.entry = service
-        symptom = (alert.name, service)
-        if _named(incident.symptoms, symptom):
-            index["symptom", tenant, symptom_value(*symptom)] = id
-        if _named(incident.services, service):
-            index["service", tenant, service] = id
-
-    def _keep(self, incident: Incident, alert: Alert) -> None:
-        if alert.fingerprint in incident.alerts or len(incident.alerts) < MAX_ALERTS:
-            incident.alerts[alert.fingerprint] = alert
-        else:
-            incident.alerts_dropped += 1
+        at = ("symptom", tenant, symptom_value(name, service))
+        if index.get(at) != id and _named(incident.symptoms, (name, service)):
+            index[at] = id
+        at = ("service", tenant, service)
+        if index.get(at) != id and _named(incident.services, service):
+            index[at] = id
 
 
 def _named(names: list[T], name: T) -> bool:

@@ -52,11 +52,11 @@ def alert_words(alert: Alert, service: str) -> str:
 
 def alerts_received(alerts: Sequence[tuple[Alert, str]], how: str, truncated: int) -> str:
     """`alerts` are (alert, service); `how` says what they did to the incident ("opened the incident", ...)."""
-    firing = [alert_words(a, s) for a, s in alerts if a.status == "firing"]
-    resolved = [alert_words(a, s) for a, s in alerts if a.status == "resolved"]
-    parts = [f"{_list(firing)} firing"] if firing else []
+    firing = [a for a in alerts if a[0].status == "firing"]
+    resolved = [a for a in alerts if a[0].status == "resolved"] if len(firing) < len(alerts) else []
+    parts = [f"{_alert_list(firing)} firing"] if firing else []
     if resolved:
-        parts.append(f"{_list(resolved)} resolved, says the sender (the series must confirm it)")
+        parts.append(f"{_alert_list(resolved)} resolved, says the sender (the series must confirm it)")
     text = "; ".join(parts)
     if how:
         text += f"; {how}"
@@ -65,9 +65,13 @@ def alerts_received(alerts: Sequence[tuple[Alert, str]], how: str, truncated: in
     return text
 
 
-def _list(names: Sequence[str]) -> str:
+def _alert_list(alerts: Sequence[tuple[Alert, str]]) -> str:
+    return _list([alert_words(a, s) for a, s in alerts[:NAMED]], len(alerts))
+
+
+def _list(names: Sequence[str], count: int = 0) -> str:
     shown = ", ".join(names[:NAMED])
-    rest = len(names) - NAMED
+    rest = (count or len(names)) - NAMED
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 

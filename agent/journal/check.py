@@ -229,7 +229,7 @@ class _Run:
                         decode(found, path)
                         self.seq, self.chain, self.offset = found.seq, found.chain, found.end
                     if reader.damage is None or reader.damage.torn:
-                        self.whole += 1
+                        self.whole, self.offset = self.whole + 1, 0
                         continue
             break
         return self
@@ -255,6 +255,8 @@ def _choose(damage: _Damage) -> None:
 def _lost(damage: _Damage) -> Lost:
     """Read what can be read of what goes."""
     newest_snapshot = damage.snapshots[-1][0] if damage.snapshots else 0
+    if not damage.bad and damage.way == "truncate":  # the anchor alone is damaged
+        return Lost(oldest=damage.seq + 1, newest=damage.seq)
     going = [(path, damage.offset if n == 0 else 0) for n, path in enumerate(damage.bad)]
     keep = damage.seq
     text_only = None
@@ -296,7 +298,7 @@ def _cut(damage: _Damage, files: Files) -> tuple[list[str], list[Path]]:
             if damage.offset:
                 copies.append(cut_tail(files, damage.bad[0], damage.offset, "lost"))
                 going = damage.bad[1:]
-            done.append(f"the journal now ends with record {damage.seq}")
+            done.append(f"the journal now ends with record {damage.seq}" if damage.bad else "wrote the anchor anew")
     for path in going:
         copies.append(path.rename(path.with_name(path.name + ".lost")))
     files.sync_directory(directory)

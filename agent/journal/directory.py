@@ -6,8 +6,10 @@ not fit together raises JournalCorrupt, and nothing is changed then.
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,17 +133,28 @@ def _check_segment(opened: Opened, path: Path, chains: dict[int, bytes], *, last
     opened.segments.append(SegmentFile(path, reader.first_seq, reader.seq, reader.offset, reader.start_chain))
 
 
+def _look(directory: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times: equal before and after, nobody wrote in between."""
+    seen = []
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(directory):
+            found = entry.stat()
+            seen.append((entry.name, found.st_size, found.st_mtime_ns))
+    return sorted(seen)
+
+
 def read_directory(directory: Path) -> Opened:
     """`inspect` beside a writer that may be rotating, pruning or rolling back meanwhile. A journal that is not there is
     an empty one. Raises JournalCorrupt when it does not check several times in a row."""
     for attempt in range(READ_ATTEMPTS):
+        before = _look(directory)
         try:
             return inspect(directory)
         except FileNotFoundError:
             if not directory.exists():
                 return Opened(directory, Anchor())
         except JournalCorrupt:
-            if attempt == READ_ATTEMPTS - 1:
+            if attempt == READ_ATTEMPTS - 1 or _look(directory) == before:
                 raise
         time.sleep(0.02 * (attempt + 1))
     raise JournalCorrupt(directory, None, "its files kept disappearing while they were read")

@@ -1,0 +1,220 @@
+"""The store: durable, then applied once and in order, then told; and the same state after any restart."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+from journal_kit import IO_ERROR, NO_SPACE, FaultyFiles, alert, copy_of, moved, note, plan, received, segments, step
+
+from actions.model import IllegalMove
+from agent import store as store_module
+from agent.incidents import Changes, UnknownIncident
+from agent.journal.records import Noted, Stored
+from agent.journal.wal import JournalCorrupt, JournalFailed, JournalUnavailable, verify
+from agent.store import StateBehind, Store, read_state
+
+
+async def test_recorded_is_durable_applied_and_told(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    told: list[tuple[int, Changes]] = []
+    leave = store.subscribe(lambda stored, changes: told.append((stored.seq, changes)))
+    [first] = await store.record(received(alert()))
+    [incident] = store.state.active()
+    assert told == [(1, Changes((incident.id,), opened=(incident.id,)))]
+    assert first.seq == store.state.seq == 1
+    crashed = copy_of(tmp_path)  # what a crash right now would leave
+    leave()
+    await store.record(note(2))
+    assert len(told) == 1
+    assert read_state(crashed).seq == 1
+    await store.close()
+
+
+async def test_many_at_once_are_applied_in_order(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, segment_bytes=3_000, snapshot_bytes=9_000)
+    order: list[int] = []
+    store.subscribe(lambda stored, _: order.append(stored.seq))
+    rng = random.Random(3)
+
+    async def one(n: int) -> None:
+        for m in range(4):
+            await store.record(*(received(alert(f"f{n}-{m}"), at=float(n)) for _ in range(rng.randrange(1, 3))))
+            assert store.state.current_digest("default", f"f{n}-{m}")
+
+    await asyncio.gather(*(one(n) for n in range(40)))
+    assert order == list(range(1, store.state.seq + 1))
+    whole = store.state.to_snapshot()
+    assert read_state(tmp_path).to_snapshot() == whole
+    await store.close()
+    assert read_state(tmp_path).to_snapshot() == whole
+    again = Store.open(tmp_path)
+    assert again.state.to_snapshot() == whole
+    await again.close()
+
+
+async def test_a_cancelled_caller_takes_nothing_back(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    await store.record(received(alert("f1")))
+    [incident] = store.state.active()
+    tasks = [
+        asyncio.create_task(store.record(received(alert("f2")))),
+        asyncio.create_task(store.record(moved(incident.id, "open", "investigating"))),
+    ]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    assert [type(o) for o in await asyncio.gather(*tasks, return_exceptions=True)] == [asyncio.CancelledError] * 2
+    await store.close()
+    assert store.state.seq == 3
+    assert store.state.incidents[incident.id].state == "investigating"
+    assert read_state(tmp_path).to_snapshot() == store.state.to_snapshot()
+
+
+async def test_illegal_moves_never_become_durable(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    await store.record(received(alert()))
+    [incident] = store.state.active()
+    id = incident.id
+    for bad in (
+        [moved(id, "open", "resolved")],
+        [moved(id, "open", "investigating"), moved(id, "open", "investigating")],
+        [plan(id), step(id, "planned", "ran")],
+    ):
+        with pytest.raises(IllegalMove):
+            await store.record(*bad)
+    with pytest.raises(UnknownIncident):
+        await store.record(Noted(at=1.0, incident="inc-none", text=""))
+    assert store.health().seq == 1
+    await store.record(moved(id, "open", "investigating"), moved(id, "investigating", "diagnosed"), plan(id))
+    assert store.state.incidents[id].plan_state == "granted"
+    await store.close()
+
+
+async def test_two_who_move_the_same_incident_at_once(tmp_path: Path) -> None:
+    """The second is checked against what the first made of it, so that the journal stays replayable."""
+    store = Store.open(tmp_path)
+    await store.record(received(alert()))
+    [incident] = store.state.active()
+    moves = [store.record(moved(incident.id, "open", "investigating")) for _ in range(5)]
+    outcomes = await asyncio.gather(*moves, return_exceptions=True)
+    assert sorted(type(o).__name__ for o in outcomes) == ["IllegalMove"] * 4 + ["list"]
+    assert read_state(tmp_path).seq == 2
+    await store.close()
+
+
+async def test_the_closing_says_what_it_had_seen(tmp_path: Path) -> None:
+    """A firing alert on its way to the disk while the incident is being resolved reopens it."""
+    store = Store.open(tmp_path)
+    await store.record(received(alert("f1")))
+    [incident] = store.state.active()
+    id = incident.id
+    await store.record(moved(id, "open", "verifying"))
+    await asyncio.gather(store.record(received(alert("f2"))), store.record(moved(id, "verifying", "resolved")))
+    assert store.state.incidents[id].state == "open"
+    assert store.state.incidents[id].reopened == 1
+    await store.close()
+
+
+async def test_a_bug_in_the_fold_is_loud_and_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(tmp_path)
+
+    def broken(state: object, stored: Stored) -> Changes:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "apply", broken)
+        with pytest.raises(ZeroDivisionError):
+            await store.record(note(1))
+    for _ in range(2):
+        with pytest.raises(StateBehind, match="the state stopped at 0"):
+            await store.record(note(2))
+    await store.close()
+    assert read_state(tmp_path).seq == 1
+
+
+async def test_a_listener_that_raises_is_heard(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+
+    def bad(stored: Stored, changes: Changes) -> None:
+        raise RuntimeError("a bug in a listener")
+
+    leave = store.subscribe(bad)
+    with pytest.raises(RuntimeError, match="a bug in a listener"):
+        await store.record(note(1))
+    leave()
+    await store.record(note(2))
+    assert store.state.seq == 2
+    await store.close()
+
+
+async def test_refused_by_the_disk_is_not_applied(tmp_path: Path) -> None:
+    files, fatal = FaultyFiles(), []
+    store = Store.open(tmp_path, files=files, on_fatal=fatal.append)
+    files.writes = [NO_SPACE]
+    with pytest.raises(JournalUnavailable):
+        await store.record(received(alert("f1")))
+    assert store.state.current_digest("default", "f1") is None
+    await store.record(received(alert("f1")))
+    [incident] = store.state.active()
+    files.writes = [NO_SPACE]
+    with pytest.raises(JournalUnavailable):
+        await store.record(moved(incident.id, "open", "investigating"))
+    await store.record(moved(incident.id, "open", "investigating"))
+    files.syncs = [IO_ERROR]
+    with pytest.raises(JournalFailed):
+        await store.record(received(alert("f2")))
+    with pytest.raises(JournalFailed):
+        await store.record(received(alert("f3")))
+    assert store.state.seq == 2
+    assert len(fatal) == 1
+    await store.close()
+
+
+async def test_snapshots_bound_disk_and_replay(tmp_path: Path) -> None:
+    """While records keep coming, over many snapshots: the directory stays small and the state stays the same."""
+    store = Store.open(tmp_path, segment_bytes=20_000, snapshot_bytes=40_000)
+    sizes = []
+    for n in range(150):
+        await asyncio.gather(
+            *(store.record(received(alert(f"f{n % 20}", starts_at=float(m)), at=float(n))) for m in range(10))
+        )
+        sizes.append(store.health().bytes)
+    assert max(sizes) < 300_000 < store.state.seq * 250
+    await store.close()
+    assert store.snapshot_problem == ""
+    report = verify(tmp_path / "journal")
+    assert report.ok
+    assert len(report.snapshots) == 2
+    assert report.first_seq > 1
+    state = store.state.to_snapshot()
+    assert read_state(tmp_path).to_snapshot() == state
+    newest = sorted((tmp_path / "journal").glob("*.snap"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert read_state(tmp_path).to_snapshot() == state
+
+
+async def test_a_record_that_does_not_fit_refuses_to_open(tmp_path: Path) -> None:
+    """Written by a program that thought otherwise: say which record, do not guess."""
+    store = Store.open(tmp_path)
+    await store._wal.append([moved("inc-none", "open", "investigating")])
+    store._wal.abandon()
+    with pytest.raises(JournalCorrupt, match=r"record 1 \(IncidentMoved\) cannot be applied"):
+        Store.open(tmp_path)
+    with pytest.raises(JournalCorrupt):
+        read_state(tmp_path)
+
+
+async def test_read_state_beside_the_service_and_without(tmp_path: Path) -> None:
+    assert read_state(tmp_path / "none").seq == 0
+    store = Store.open(tmp_path)
+    await store.record(received(alert()))
+    assert read_state(tmp_path).seq == 1
+    with segments(tmp_path / "journal")[0].open("ab") as file:
+        file.write(b"\xa7rec\x00\x00")  # a write that has just begun
+    assert read_state(tmp_path).seq == 1
+    store._wal.abandon()
+    assert read_state(tmp_path).seq == 1
