@@ -98,7 +98,7 @@ class Guard:
             raise AccessError(401, "authentication required", "send Authorization: Bearer or Basic")
         credential = self._find(header)
         if credential is None:
-            raise AccessError(401, "unknown token, user or password", "compare with http.auth in the configuration")
+            raise AccessError(401, "unknown token, user or password", "compare with auth in the configuration")
         if scope not in credential.scopes:
             raise AccessError(403, f"{credential.name} lacks the scope {scope!r}", "add it to the credential's scopes")
         return Caller(credential.name, f"http {peer[0]}", frozenset(credential.scopes), credential.tenants)
@@ -126,15 +126,15 @@ class Guard:
             raise AccessError(
                 403,
                 "no authentication is configured, so nothing may be approved, rejected, paused or reset over TCP",
-                "use the alertmedic command on this machine, or configure http.auth with the scope approve",
+                "use the alertmedic command on this machine, or configure `auth` with the scope approve",
             )
         if not _loopback(address):
             raise AccessError(
-                403, f"no authentication is configured and {address} is not this machine", "configure http.auth"
+                403, f"no authentication is configured and {address} is not this machine", "configure `auth`"
             )
         if "Origin" in request.headers and request.method != "GET":
             # A web page in somebody's browser on this machine could otherwise post alerts.
-            raise AccessError(403, "a web page may not post here without authentication", "configure http.auth")
+            raise AccessError(403, "a web page may not post here without authentication", "configure `auth`")
         return _anonymous(address)
 
     def _local(self, request: web.BaseRequest) -> Caller:

@@ -247,7 +247,7 @@ async def test_reading_needs_the_scope_read(guarded: Port, path: str) -> None:
 async def test_deciding_over_tcp_fails_closed(port: Port, guarded: Port, path: str) -> None:
     status, answer = await port.post(b"{}", "/api/v1/" + path)
     assert (status, "no authentication is configured" in answer["error"]["reason"]) == (403, True)
-    assert "http.auth" in answer["error"]["hint"]
+    assert "`auth`" in answer["error"]["hint"]
     assert (await guarded.post(b"{}", "/api/v1/" + path))[0] == 401
     assert (await guarded.post(b"{}", "/api/v1/" + path, bearer("am-token")))[0] == 403
     assert port.decisions.asked == guarded.decisions.asked == []
