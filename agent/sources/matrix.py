@@ -77,9 +77,7 @@ class Grid:
         points = _points(start_ms, end_ms, step_ms)
         if points > MAX_POINTS:
             asked = step_ms
-            step_ms *= -(-points // MAX_POINTS)
-            if _points(start_ms, end_ms, step_ms) > MAX_POINTS:  # aligning the start to the wider step may add one
-                step_ms += asked
+            step_ms *= -(-points // (MAX_POINTS - 2))  # aligning the start to the wider step may add a point
             warnings = (
                 f"step widened from {asked / 1000:g} s to {step_ms / 1000:g} s: the window has {points} points,"
                 f" at most {MAX_POINTS} can be asked for",

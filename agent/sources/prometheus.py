@@ -17,6 +17,7 @@ the precision of Prometheus. API: https://prometheus.io/docs/prometheus/latest/q
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,7 @@ __all__ = ["MAX_POINTS", "FiringAlert", "Prometheus", "PrometheusSource", "Query
 
 MIB = 1024 * 1024
 THREAD_BYTES = 256 * 1024  # larger answers are parsed in a thread
+KEEPALIVE_SECONDS = 5.0  # less than what proxies keep idle connections: a POST on one just closed would fail
 ERROR_BYTES = 16 * 1024  # how much of an error's body is read
 TENANT = re.compile(r"[A-Za-z0-9!._*'()-]{1,150}")  # what Mimir and Cortex take; without | (which would join tenants)
 
@@ -312,7 +314,9 @@ class PrometheusSource:
         if self._closed:
             raise QueryError(f"the source {self.name} is closed")
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self.config.concurrency, ssl=self._tls or True)
+            connector = aiohttp.TCPConnector(
+                limit=self.config.concurrency, ssl=self._tls or True, keepalive_timeout=KEEPALIVE_SECONDS
+            )
             self._session = aiohttp.ClientSession(
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -391,7 +395,8 @@ def _reason(error: Exception) -> str:
             else f"cannot connect ({error.os_error})"
         )
         return bounded(f"{what}: {error.host}:{error.port}")
-    if isinstance(error, aiohttp.ServerDisconnectedError):
+    reset = isinstance(error, OSError) and error.errno in (errno.ECONNRESET, errno.EPIPE)
+    if reset or isinstance(error, aiohttp.ServerDisconnectedError):
         return "the server closed the connection before it answered"
     if isinstance(error, aiohttp.ClientPayloadError):
         return "the answer was cut off"
