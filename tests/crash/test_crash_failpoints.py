@@ -185,4 +185,5 @@ def check(agent: Agent, scenario: str) -> None:
 
 def snapshot_has(agent: Agent, fingerprint: str) -> bool:
     """Pruned segments: what they held is in a snapshot."""
-    return any(fingerprint.encode() in path.read_bytes() for path in (agent.directory / "state").rglob("*snap*"))
+    files = (path for path in (agent.directory / "state" / "journal").rglob("*") if path.is_file())
+    return any(fingerprint.encode() in path.read_bytes() for path in files)
