@@ -23,6 +23,13 @@ from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
 CLEAR_POSTERIOR = 0.5  # more likely than everything else together
 CLEAR_MARGIN = 0.15
 TOP = 3
+_FACT_WORDS = {
+    "pid": "pid",
+    "process": "name",
+    "user": "user",
+    "cpu_percent": "group_cpu_percent",
+    "mountpoint": "mount",
+}
 _WORD = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -233,7 +240,7 @@ def _words(
         for fact in seen.facts:
             attributes = observer.attributes(fact)
             words.setdefault("subject", fact.subject)
-            for word, name in (("pid", "pid"), ("process", "name"), ("user", "user"), ("cpu_percent", "cpu_percent")):
+            for word, name in _FACT_WORDS.items():
                 value = attributes.get(name)
                 if value is not None:
                     words.setdefault(word, f"{value:.0f}" if isinstance(value, float) else str(value))
