@@ -141,7 +141,7 @@ def test_what_was_tried_before_is_told() -> None:
                 decision="approve",
                 who="ann",
                 origin="cli uid=0",
-                why="it had expired",
+                why="too late",
             )
         ],
         reopened=2,
@@ -174,9 +174,7 @@ def test_nothing_that_others_wrote_reaches_a_terminal_raw(one: str, two: str) ->
         tenant=bad,
         entry=two,
         reason=bad,
-        alerts={
-            "f": msgspec.structs.replace(alert("A"), labels={"alertname": bad, two: bad}, annotations={"summary": two})
-        },
+        alerts={"f": written},
         story=[StoryLine(NOW, bad, "noted"), StoryLine(NOW, two, "diagnosed")],
         diagnosis=msgspec.structs.replace(diagnosis(bad), missing={one: two}, sentence=bad),
         plan=plan,
