@@ -1,32 +1,24 @@
-"""The port: who is let in, bodies in every legal form, health, metrics, the API, the Unix socket, draining."""
+"""The port: who is let in, bodies in every legal form, health, metrics, the API, draining."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
 import json
-import os
-import ssl
-import stat
-import subprocess
 from base64 import b64encode
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
-from intake_world import JSON, Decisions, HeldStore, Port, alert, body, payload_bodies
+from intake_world import JSON, HeldStore, Port, alert, body, payload_bodies
 
 from actions.model import BreakerMoved, BreakerState, Plan, Step, plan_digest
 from agent.fold_model import Incident, IncidentState, StepView, StoryLine
 from agent.http.api import ApprovalAnswer
 from agent.http.auth import Credential, Guard, _loopback
 from agent.http.render import incident_json, plain, rfc3339
-from agent.http.server import Options, build_app, serve, traceparent
-from agent.intake import Accepted, Intake
+from agent.http.server import Options, traceparent
+from agent.intake import Accepted
 from agent.journal.records import BreakerRecorded
-from agent.store import Store
 from rules.model import Contribution, Diagnosis, Hypothesis, Proposal
 
 ALL = ("webhook", "read", "approve")
@@ -539,90 +531,3 @@ def test_rendering_shows_every_field_and_rfc3339() -> None:
 def test_times_are_utc() -> None:
     assert rfc3339(1795168310.846908) == "2026-11-20T09:51:50.846Z"
     assert plain({"a": (1, IncidentState.OPEN)}) == {"a": [1, "open"]}
-
-
-# -- Unix socket, TLS
-
-
-async def test_the_unix_socket_trusts_who_can_open_it(start: Any, held: HeldStore, tmp_path: Path) -> None:
-    path = tmp_path / "control.sock"
-    port: Port = await start(held, Options(guard=GUARD), socket=True)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    id = await decidable(port)
-    async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
-        async with session.get("http://localhost/api/v1/incidents") as answer:
-            assert (answer.status, len((await answer.json())["incidents"])) == (200, 1)
-        decide = f"http://localhost/api/v1/incidents/{id}/approve"
-        async with session.post(decide, data=b'{"digest":"d","who":"ann"}') as answer:
-            assert answer.status == 200
-        async with session.post("http://localhost/webhook", data=body(), headers=JSON) as answer:
-            assert answer.status == 200
-    uid = os.geteuid()
-    assert port.decisions.asked == [("approve", id, "d", f"ann (uid={uid})", f"cli uid={uid}", "")]
-    await port.serving.close()
-    assert not path.exists()
-
-
-async def test_another_user_on_the_socket_is_refused(start: Any, held: HeldStore, monkeypatch: Any) -> None:
-    port: Port = await start(held, socket=True)
-    monkeypatch.setattr("agent.http.auth.peer_uid", lambda request: 4711)
-    connector = aiohttp.UnixConnector(str(port.serving.socket_path))
-    async with aiohttp.ClientSession(connector=connector) as session:
-        answer = await session.post("http://localhost/api/v1/pause")
-        assert (answer.status, (await answer.json())["error"]["path"]) == (403, "")
-    assert port.decisions.asked == []
-
-
-async def test_a_stale_socket_is_replaced_and_a_file_is_not(start: Any, held: HeldStore, tmp_path: Path) -> None:
-    path = tmp_path / "control.sock"
-    port: Port = await start(held, socket=True)
-    os.link(path, tmp_path / "kept")
-    await port.serving.close()
-    (tmp_path / "kept").rename(path)
-    again: Port = await start(held, socket=True)
-    assert again.serving.socket_path == path
-    await again.serving.close()
-    path.write_text("not a socket")
-    with pytest.raises(OSError, match="control socket"):
-        await start(held, socket=True)
-    assert path.read_text() == "not a socket"
-
-
-async def test_tls(tmp_path: Path, held: HeldStore, program: Callable[[str], str]) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        [program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, key)
-    store: Any = held
-    app = build_app(Intake(store), store, Decisions(), health=dict, metrics=lambda: (b"", ""))
-    serving = await serve(app, "127.0.0.1", 0, tls=context)
-    trusting = ssl.create_default_context(cafile=str(certificate))
-    try:
-        async with aiohttp.ClientSession() as session:
-            url = f"https://127.0.0.1:{serving.addresses[0][1]}/webhook"
-            async with session.post(
-                url, data=body(), headers=JSON, ssl=trusting, server_hostname="localhost"
-            ) as answer:
-                assert answer.status == 200
-    finally:
-        await serving.close()
-
-
-async def test_a_port_that_is_taken_is_an_error_and_nothing_listens(start: Any, held: HeldStore) -> None:
-    port: Port = await start(held)
-    store: Any = held
-    app = build_app(Intake(store), store, Decisions(), health=dict, metrics=lambda: (b"", ""))
-    with pytest.raises(OSError, match="address already in use"):
-        await serve(app, *port.address)
-
-
-async def test_the_real_store_serves_the_api(start: Any, open_store: Callable[[], Store]) -> None:
-    port: Port = await start(open_store())
-    await port.post(payload_bodies()["ten_alerts"])
-    _, answer = await port.get("/api/v1/incidents")
-    assert [len(i["alerts"]) for i in answer["incidents"]] == [10]
