@@ -13,9 +13,14 @@ import urllib.request
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
+
+from agent.sources import EvidenceRequest
+from agent.sources.prometheus import PrometheusSource
+from rules.model import Evidence
 
 STEP = 15
 POINTS = 241  # one hour
@@ -198,3 +203,25 @@ class Fake:
 
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+NOTHING: dict[str, Any] = {"status": "success", "data": {"resultType": "matrix", "result": []}}
+
+
+def request_of(
+    *queries: Query, start: float = 0.0, end: float = 3600.0, step: float = 30.0, **more: Any
+) -> EvidenceRequest:
+    return EvidenceRequest(queries, more.pop("services", ("front",)), start, end, step, **more)
+
+
+async def one(source: PrometheusSource, query: str = "up", deadline: float = 20.0, **more: Any) -> Evidence:
+    (evidence,) = await source.fetch(request_of(Query("signal", query), **more), deadline)
+    return evidence
+
+
+def answering(body: bytes | str, status: int = 200) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        raw = body.encode() if isinstance(body, str) else body
+        return web.Response(body=raw, status=status, content_type="application/json")
+
+    return answer
