@@ -1,8 +1,8 @@
 """Journal appends against the disk itself: how much of raw write + fdatasync is left after framing, chain and loop.
 
 `bench(seconds)` appends 8 KB records with 1, 16 and 64 concurrent appenders, and in the same run writes the same bytes
-raw: one record per fdatasync (`raw_single`), and as many records per fdatasync as there are appenders (`raw_grouped`,
-what a perfect group commit would do). Rounds alternate, so that a disk in a bad mood is bad to all; figures are medians.
+raw: one record per fdatasync (`raw_single`), and as many per fdatasync as there are appenders (`raw_grouped`, what a
+perfect group commit would do). Rounds alternate, so that a disk in a bad mood is bad to all; figures are medians.
 """
 
 from __future__ import annotations
