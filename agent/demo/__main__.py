@@ -46,7 +46,8 @@ async def run(args: argparse.Namespace, console: Console) -> bool:
     """Whether everything went as it should."""
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a driver in the background starts with it ignored
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     order = list(args.faults)
     random.Random(args.seed).shuffle(order)  # noqa: S311 - an order, no secret
     if args.record is not None:

@@ -30,6 +30,7 @@ BASELINE_SECONDS = 25.0  # of healthy traffic before the first fault
 QUIET_SECONDS = 8.0  # of it between two faults
 HEAL_SECONDS = 60.0  # from the fault; who has not healed it by then will not
 POLL_SECONDS = 0.25
+RECORD_QUIET_SECONDS, RECORD_PATIENCE_SECONDS = 45.0, 400.0  # a recording waits for a quiet machine
 
 
 class Timeline:
@@ -168,7 +169,7 @@ async def record(console: Console, order: Sequence[str], seed: int, directory: P
     async with World.running(seed) as world:
         for fault in order:
             timeline.since = None
-            await world.settle(quiet_seconds=55)
+            await world.settle(RECORD_QUIET_SECONDS, RECORD_PATIENCE_SECONDS)
             timeline.say("record", fault, "bold")
             try:
                 times = await record_fault(world, fault, directory)

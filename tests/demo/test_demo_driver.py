@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -218,15 +219,26 @@ def test_nothing_outlives_the_driver(programs: None, tmp_path: Path, number: sig
     output = (tmp_path / "out").open("w")
     record = ["--record", str(tmp_path / "recordings"), "--faults", "db_lock"]
     driver = subprocess.Popen([sys.executable, "-m", "agent.demo", *record], stdout=output, cwd=tmp_path)
-    started: set[psutil.Process] = set()
-    deadline = time.monotonic() + 60
-    while not any("agent.demo.faults" in p.cmdline() for p in started):  # the injector is the last to start
-        assert time.monotonic() < deadline
-        assert driver.poll() is None
-        started |= {p for p in psutil.Process(driver.pid).children(recursive=True) if p.is_running()}
-        started = {p for p in started if p.is_running()}
-        time.sleep(0.1)
-    driver.send_signal(number)
-    assert driver.wait(40) == (-9 if number is signal.SIGKILL else 130)
-    _, alive = psutil.wait_procs([p for p in started if p.is_running()], timeout=20)
+    try:
+        started = when_built(driver)
+        driver.send_signal(number)
+        assert driver.wait(40) == (-9 if number is signal.SIGKILL else 130)
+    finally:
+        driver.kill()
+        driver.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
+
+
+def when_built(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The driver's descendants, once the injector, which starts last, is among them."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert driver.poll() is None
+        started = psutil.Process(driver.pid).children(recursive=True)
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "agent.demo.faults" in process.cmdline():
+                    return started
+        time.sleep(0.1)
+    pytest.fail("the world was not built within 60 s")

@@ -136,9 +136,12 @@ class Orders:
         if name not in self._flags:
             raise web.HTTPNotFound(text="no such flag")
         if request.method == "PUT":
-            enabled = (await request.json()).get("enabled")
+            wanted = await request.json()
+            enabled = wanted.get("enabled")
             if not isinstance(enabled, bool):
                 raise web.HTTPBadRequest(text='expected {"enabled": true|false}')
+            if wanted.get("expected", self._flags[name]) != self._flags[name]:
+                raise web.HTTPConflict(text=f"the flag is {self._flags[name]}")
             self._flags[name] = enabled
             FLAG.labels(name).set(enabled)
         return web.json_response({"flag": name, "enabled": self._flags[name]})

@@ -98,9 +98,12 @@ class Worker:
 
     async def pool(self, request: web.Request) -> web.Response:
         if request.method == "PUT":
-            size = (await request.json()).get("size")
+            wanted = await request.json()
+            size = wanted.get("size")
             if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
                 raise web.HTTPBadRequest(text=f'expected {{"size": 1..{MAX_SIZE}}}')
+            if wanted.get("expected", self.size) != self.size:
+                raise web.HTTPConflict(text=f"the pool has {self.size}")
             self.resize(size)
         return web.json_response({"size": self.size})
 
