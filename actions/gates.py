@@ -313,6 +313,8 @@ BEFORE_TARGETS: tuple[Gate, ...] = (
     gate_host,
     gate_secrets,
     gate_limits,
+    gate_ladder,
+    gate_proposal_cap,
 )
 AT_START: tuple[Gate, ...] = (
     gate_firing,
@@ -332,8 +334,6 @@ AT_START: tuple[Gate, ...] = (
 )
 GATES: tuple[Gate, ...] = (
     *BEFORE_TARGETS,
-    gate_ladder,
-    gate_proposal_cap,
     gate_risk,
     gate_posterior,
     gate_margin,

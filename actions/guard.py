@@ -93,9 +93,9 @@ async def consider(proposal: ProposalLike, catalog: Catalog, context: GuardConte
     if isinstance(values, Declined):
         return values
     context = replace(context, values=values)
-    verdict = _pass(BEFORE_TARGETS, proposal, definition, context)
-    if isinstance(verdict, Declined):
-        return verdict
+    early = _pass(BEFORE_TARGETS, proposal, definition, context)
+    if refused := early if isinstance(early, Declined) else _too_low(early, definition):
+        return refused
     secrets = {s.name: context.secrets[s.name] for s in definition.environment if s.name in context.secrets}
     targets = await resolve_targets(definition, values, run, secrets)
     if isinstance(targets, Declined):
@@ -122,10 +122,9 @@ def decide(proposal: ProposalLike, definition: ActionDefinition, context: GuardC
         if isinstance(step, Declined):
             return step
         steps.append(step)
+    if refused := _too_low(caps, definition):
+        return refused
     autonomy = least("auto", *(cap.autonomy for cap in caps))
-    if AUTONOMY_ORDER.index(autonomy) < AUTONOMY_ORDER.index("suggest"):
-        words = "; ".join(c.detail for c in caps if c.autonomy == autonomy)
-        return Declined(reason=Refusal.OBSERVE_ONLY, detail=words, action=definition.name)
     caps.sort(key=lambda c: AUTONOMY_ORDER.index(c.autonomy))
     notes = [c.detail for c in caps if c.detail] + [t.note for t in context.targets if t.note]
     if not context.enforced_by.limits_enforced:
@@ -355,6 +354,12 @@ def _pass(
         if verdict is not None:
             caps.append(verdict)
     return caps
+
+
+def _too_low(caps: list[Cap], definition: ActionDefinition) -> Declined | None:
+    """Where people only want to observe, not even a plan is made."""
+    low = [c.detail for c in caps if c.autonomy == "observe"]
+    return Declined(reason=Refusal.OBSERVE_ONLY, detail="; ".join(low), action=definition.name) if low else None
 
 
 async def _read(
