@@ -80,4 +80,4 @@ def combined_confidence(posterior: float, rules: int) -> float:
     the same trouble. A posterior of .82 with three rules gives .91, one of .65 with one rule .73."""
     gain = RULE_SUPPORT * (1.0 - RULE_DECAY**rules) / (1.0 - RULE_DECAY)
     raised = posterior * math.exp(gain)
-    return raised / (raised + 1.0 - posterior)
+    return raised / (raised + (1.0 - posterior))

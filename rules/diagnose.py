@@ -23,6 +23,7 @@ from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
 CLEAR_POSTERIOR = 0.5  # more likely than everything else together
 CLEAR_MARGIN = 0.15
 TOP = 3
+_AUTONOMY = ("observe", "suggest", "approve", "auto")
 _FACT_WORDS = {
     "pid": "pid",
     "process": "name",
@@ -255,7 +256,8 @@ def _filled(template: str, words: Mapping[str, str]) -> str:
 def _proposal(
     template: ProposalTemplate, cause: Cause, candidate: Candidate, observer: Observer, words: Mapping[str, str]
 ) -> Proposal | None:
-    """The proposal with its references resolved, or None if one of them finds nothing."""
+    """The proposal with its references resolved, or None if one of them finds nothing. Where it points at one of
+    several facts that come close to each other, a person must choose: at most `approve`."""
     seen = NOTHING
     for line in cause.evidence:
         if line.column == template.using:
@@ -266,13 +268,18 @@ def _proposal(
         if found is None:
             return None
         params[name] = found
+    reason = _filled(template.reason or cause.sentence, words)
+    cap = template.autonomy_cap
+    points = any(isinstance(v, Reference) and v.source.startswith("fact.") for v in template.params.values())
+    if points and observer.rivalled(seen, template.using.partition("@")[0]):
+        cap, reason = min(cap, "approve", key=_AUTONOMY.index), f"{reason} Another one is nearly as suspicious."
     return Proposal(
         action=template.action,
         service=candidate.service,
         params=params,
-        reason=_filled(template.reason, words) if template.reason else _filled(cause.sentence, words),
+        reason=reason,
         runbook=template.runbook or cause.runbook,
-        autonomy_cap=template.autonomy_cap,
+        autonomy_cap=cap,
     )
 
 

@@ -15,6 +15,8 @@ from rules.features import Finding
 from rules.model import Fact, Situation
 from rules.packs import Condition, FactTest, PackSet, Scalar, Signal, State
 
+SUSPICION_HALVES_SECONDS = 60.0  # a neighbour hurts at once: the earlier it began, the less likely it is the one
+RIVAL = 0.6  # of the leading fact's weight
 _SEVERITY: dict[State | None, int] = {"strong": 5, "weak": 4, "silent": 3, "contrary": 2, "absent": 1, None: 0}
 
 
@@ -82,10 +84,25 @@ class Observer:
                 "group_cpu_percent": self._group_cpu(fact),
             }
             start = fact.attributes.get("start")
-            if isinstance(start, (int, float)) and not isinstance(start, bool):
-                derived["age_at_onset_seconds"] = self.situation.onset - start
+            if isinstance(start, (int, float)) and not isinstance(start, bool) and math.isfinite(start):
+                derived["age_at_onset_seconds"] = age = self.situation.onset - start
+                recent = 2.0 ** -min(max(age, 0.0) / SUSPICION_HALVES_SECONDS, 60.0)
+                derived["suspicion"] = self._group_cpu(fact) * self._contended(fact) * recent
             self._processes[fact.subject] = {**fact.attributes, **derived}
         return self._processes[fact.subject]
+
+    def rivalled(self, seen: Observation, group: str) -> bool:
+        """Whether a fact outside the leading one's process group comes near it by what its group prefers."""
+        test = self.packs.groups[group].facts
+        if test is None or not test.prefer or len(seen.facts) < 2:
+            return False
+        first = seen.facts[0]
+        bar = RIVAL * _number(self.attributes(first).get(test.prefer))
+        return any(
+            fact.attributes.get("pgid") != first.attributes.get("pgid")
+            and _number(self.attributes(fact).get(test.prefer)) >= bar
+            for fact in seen.facts[1:]
+        )
 
     def looked(self, evidence: str) -> bool:
         """Whether that evidence arrived, be it empty."""
@@ -150,6 +167,15 @@ class Observer:
             return not own or not services or any(not cpus or cpus & own for cpus in services)
         every = frozenset().union(*(_cpus(f) for f in self.situation.facts("host.process")))
         return bool(own) and any(own <= cpus and len(cpus) < len(every) for cpus in services)
+
+    def _contended(self, fact: Fact) -> float:
+        """The share of the process' CPUs on which the most confined service must run; 1 if affinities are unknown."""
+        own = _cpus(fact)
+        services = [c for f in self.situation.facts("host.process") if f.service and (c := _cpus(f))]
+        if not own or not services:
+            return 1.0
+        smallest = min(len(cpus) for cpus in services)
+        return max(len(own & cpus) for cpus in services if len(cpus) == smallest) / len(own)
 
     def _group_cpu(self, fact: Fact) -> float:
         """CPU percent of all processes seen in the same process group and of the same service."""

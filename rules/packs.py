@@ -71,8 +71,9 @@ class FactTest(_Strict, frozen=True, kw_only=True):
     """How facts decide a group's state: the strongest matching fact does. An attribute that a fact lacks is false to an
     equality with `false` and matches nothing else. Derived attributes: `service`, and for processes
     `age_at_onset_seconds` (negative: started after the onset), `group_cpu_percent` (of its whole process group),
-    `shares_cpu` (may run where some service may run) and `takes_pinned_cpu` (is pinned to CPUs on which a service is
-    pinned too)."""
+    `shares_cpu` (may run where some service may run), `takes_pinned_cpu` (is pinned to CPUs on which a service is
+    pinned too) and `suspicion` (group CPU on the CPUs of the most confined service, halved for every minute by which
+    it began before the onset)."""
 
     kind: str
     evidence: str  # the Evidence that brings such facts; if that is missing, so is the group

@@ -172,6 +172,23 @@ class TestNearMisses:
         shop.facts += [process(800 + i, name="cc1plus", cpu=95.0, start=START - 9000.0) for i in range(3)]
         assert best(diagnose(shop.situation(), packs)) == ("postgres.blocking_session", "postgres")
 
+    def test_the_suspect_is_the_new_process_on_the_services_cpu(self, packs: PackSet) -> None:
+        """Not the build that uses more CPU, but anywhere and for longer."""
+        shop = Shop()
+        cpu_neighbour(shop)
+        shop.facts.append(process(650, name="cc1plus", cpu=97.0, start=ONSET - 50))
+        (kill,) = diagnose(shop.situation(), packs).hypotheses[0].proposals
+        assert kill.params["pgid"] == 700
+        assert kill.autonomy_cap == "auto"
+
+    def test_between_two_suspects_a_person_chooses(self, packs: PackSet) -> None:
+        shop = Shop()
+        cpu_neighbour(shop)
+        shop.facts.append(process(650, name="backup", cpu=70.0, start=ONSET, cpus="1"))
+        (kill,) = diagnose(shop.situation(), packs).hypotheses[0].proposals
+        assert kill.autonomy_cap == "approve"
+        assert "Another one is nearly as suspicious" in kill.reason
+
     def test_the_agent_itself_is_no_neighbour(self, packs: PackSet) -> None:
         shop = Shop()
         cpu_neighbour(shop)
