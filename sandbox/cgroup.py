@@ -253,18 +253,16 @@ class Leaf:
         with suppress(FileNotFoundError):  # a leaf without the cpu controller throttles nobody
             write(self.path, "cpu.max", "max")
 
-    def usage(self) -> Usage:
+    def usage(self, controllers: frozenset[str]) -> Usage:
+        """What was used so far. CPU time is told even without the cpu controller."""
         cpu = values(self.path, "cpu.stat").get("usage_usec")
-        try:
-            peak = int(read(self.path, "memory.peak"))  # Linux 5.19
-        except FileNotFoundError:
-            peak = None
-        return Usage(
-            cpu_seconds=None if cpu is None else cpu / 1e6,
-            memory_peak_bytes=peak,
-            oom_kills=values(self.path, "memory.events").get("oom_kill", 0),
-            pids_refused=values(self.path, "pids.events").get("max"),
-        )
+        peak, kills = None, 0
+        if "memory" in controllers:
+            with suppress(FileNotFoundError):  # before Linux 5.19
+                peak = int(read(self.path, "memory.peak"))
+            kills = values(self.path, "memory.events").get("oom_kill", 0)
+        refused = values(self.path, "pids.events").get("max") if "pids" in controllers else None
+        return Usage(None if cpu is None else cpu / 1e6, peak, kills, refused)
 
     def remove(self) -> bool:
         """Removes the empty leaf and cgroups that the payload made in it. False if it is still busy after a while."""

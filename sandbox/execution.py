@@ -71,8 +71,11 @@ async def run(
     afterwards; `env` is added and wins. `user` is a name or a number, "" for our own. `leaf` is from `leaf_name`.
 
     The program and all it started are killed at the timeout, on cancellation (which is then raised again), and also
-    when the program has ended by itself. Raises SandboxUnavailable, before anything is made, if `protection` is
-    "required" and the limits cannot be enforced; everything else that prevents a start is `RunResult.error`.
+    when the program has ended by itself. A program that runs as root could move itself out of its leaf, as it could do
+    anything else to the host: `user` is what takes that away. At most 64 runs go on at once; more wait for their turn.
+
+    Raises SandboxUnavailable, before anything is made, if `protection` is "required" and the limits cannot be enforced;
+    everything else that prevents a start is `RunResult.error`.
     """
     known = _capability if _capability is not None else await _in_thread(current)
     capability = known.holding(limits)
@@ -80,14 +83,9 @@ async def run(
         raise SandboxUnavailable(f"sandbox: {argv[0] if argv else 'nothing'!r} not started: {capability.reason}")
     box = _Box(capability, limits, leaf)
     try:
-        await _in_thread(lambda: box.start(argv, env, user, stdin))
-        if box.started is not None:
-            box.listen()
-            await box.wait()
+        return await _in_thread(lambda: box.run(argv, env, user, stdin), box.stop)
     finally:
-        await _in_thread(box.finish)
-        await box.close()
-    return box.result()
+        box.close()
 
 
 async def kill_leaf(leaf: str, deadline_seconds: float) -> bool:
@@ -122,8 +120,9 @@ def _kill_leaf(leaf: str, deadline_seconds: float) -> bool:
 
 
 class _Box:
-    """One run: what it has made so far, and how to unmake it. `start` and `finish` block and run in a sandbox thread;
-    `finish` copes with whatever `start` got to."""
+    """One run: what it has made so far, and how to unmake it. All of it blocks, in one sandbox thread from beginning to
+    end: on a busy machine every hand-over between threads would cost more than the launcher. Only `stop` is called from
+    outside."""
 
     def __init__(self, capability: Capability, limits: Limits, leaf: str) -> None:
         self.capability = capability
@@ -133,14 +132,44 @@ class _Box:
         self.workdir: Path | None = None
         self.started: launcher.Started | None = None
         self.changed_user = False
-        self.streams: list[_Stream] = []
+        self.out = _Output(limits.output_bytes)
+        self.err = _Output(max(limits.output_bytes, LAUNCHER_BYTES))
         self.began = self.ended = 0.0
         self.timed_out = False
         self.status: int | None = None
         self.usage = Usage(None, None, 0, None)
         self.error = ""
+        self._stopping = os.eventfd(0, os.EFD_CLOEXEC)
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str] | None, user: str, stdin: bytes) -> None:
+    def stop(self) -> None:
+        """Makes `run` kill and clean up now."""
+        os.eventfd_write(self._stopping, 1)
+
+    def close(self) -> None:
+        os.close(self._stopping)
+
+    def run(self, argv: Sequence[str], env: Mapping[str, str] | None, user: str, stdin: bytes) -> RunResult:
+        self._start(argv, env, user, stdin)
+        if self.started is None:
+            self._finish()
+            return self._result()
+        pipes = {self.started.stdout: self.out, self.started.stderr: self.err}
+        try:
+            self.timed_out = not self._listen(pipes, self.began + self.limits.timeout_seconds)
+            self.ended = time.monotonic()
+            failpoint("sandbox_after_exit")
+            self._finish()
+            _drain(pipes, time.monotonic() + EOF_SECONDS)
+        finally:
+            os.close(self.started.stdout)
+            os.close(self.started.stderr)
+        secret, said = self.started.secret, bytes(self.err.kept)
+        failed = launcher.launch_error(secret, self.status or 0, said, changed_user=self.changed_user)
+        if failed:
+            self.status, self.error = None, failed
+        return self._result()
+
+    def _start(self, argv: Sequence[str], env: Mapping[str, str] | None, user: str, stdin: bytes) -> None:
         """Leaf, working directory, process. What prevents a start is put into `error`."""
         try:
             if not LEAF_NAME.fullmatch(self.name):
@@ -169,40 +198,36 @@ class _Box:
         cookie = {} if self.capability.root is not None else {processes.COOKIE: self.name}
         return {**default, **(env or {}), **cookie}
 
-    def listen(self) -> None:
+    def _listen(self, pipes: dict[int, _Output], deadline: float) -> bool:
+        """Takes the output until the program exits or `stop` is called; False when its time was over before."""
         assert self.started is not None
-        bounds = (self.limits.output_bytes, max(self.limits.output_bytes, LAUNCHER_BYTES))
-        self.streams = [_Stream(self.started.stdout, bounds[0]), _Stream(self.started.stderr, bounds[1])]
+        ends = {self.started.pidfd, self._stopping}
+        poller = select.poll()
+        for fd in (*ends, *pipes):
+            poller.register(fd, select.POLLIN)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            ready = {fd for fd, _ in poller.poll(left * 1000)}
+            if ready & ends:
+                return True
+            if not left:
+                return False
+            for fd in ready:
+                if not pipes[fd].take(fd):
+                    poller.unregister(fd)
+                    del pipes[fd]
 
-    async def wait(self) -> None:
-        """Until the program exits, or its time is over."""
-        assert self.started is not None
-        loop = asyncio.get_running_loop()
-        exited: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self.started.pidfd, _set, exited)
-        try:
-            left = self.began + self.limits.timeout_seconds - time.monotonic()
-            done, _ = await asyncio.wait({exited}, timeout=max(0.0, left))
-            self.timed_out = not done
-        finally:
-            loop.remove_reader(self.started.pidfd)
-            self.ended = time.monotonic()
-
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Kills what is left of the tree, reaps, counts, removes. What cannot be done is put into `error`."""
         faults = []
-        if self.started is not None:
-            failpoint("sandbox_after_exit")
         try:
             if not self._end():
                 faults.append(f"processes were still alive {KILL_SECONDS:g} s after they were killed")
             if self.leaf is not None:
-                self.usage = self.leaf.usage()
-                failpoint("sandbox_before_cleanup")
-                if not self.leaf.remove():
-                    faults.append(f"leaf {self.leaf.path} could not be removed")
-            elif self.started is not None:
-                failpoint("sandbox_before_cleanup")
+                self.usage = self.leaf.usage(self.capability.controllers)
+            failpoint("sandbox_before_cleanup")
+            if self.leaf is not None and not self.leaf.remove():
+                faults.append(f"leaf {self.leaf.path} could not be removed")
         except OSError as x:
             faults.append(f"cleaning up: {x}")
         if self.workdir is not None:
@@ -210,14 +235,18 @@ class _Box:
         self.error = "; ".join([self.error, *faults] if self.error else faults)
 
     def _end(self) -> bool:
-        """Kills and reaps. The first process comes first: only it, a launcher still, can yet enter the leaf, so that
-        the leaf is empty for good once it was empty after that. True when nothing is left."""
+        """Kills and reaps. The first process must be dead when the leaf is looked at for the last time: only it, a
+        launcher still, could enter the leaf after that. True when nothing is left."""
         if self.started is None:
             return self.leaf is None or self.leaf.kill(KILL_SECONDS)
         pid, pidfd = self.started.process.pid, self.started.pidfd
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        gone = self.leaf.kill(KILL_SECONDS) if self.leaf else processes.kill_tree(pid, self.name, KILL_SECONDS)
-        dead = bool(select.select([pidfd], [], [], KILL_SECONDS)[0])
+        gone = True
+        if self.leaf is None:
+            gone = processes.kill_tree(pid, self.name, KILL_SECONDS)
+        elif not _exited(pidfd, 0):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            gone = self.leaf.kill(KILL_SECONDS)
+        dead = _exited(pidfd, KILL_SECONDS)
         os.close(pidfd)
         if dead:
             _, status, used = os.wait4(pid, 0)
@@ -225,20 +254,7 @@ class _Box:
             self.usage = Usage(used.ru_utime + used.ru_stime, None, 0, None)
         return gone and dead and (self.leaf is None or self.leaf.kill(KILL_SECONDS))
 
-    async def close(self) -> None:
-        """Takes what is still in the pipes. They end when the last writer is gone, which `finish` has seen to."""
-        waiting = [s.ended for s in self.streams if not s.ended.done()]
-        try:
-            if waiting:
-                await asyncio.wait(waiting, timeout=EOF_SECONDS)
-        finally:
-            for stream in self.streams:
-                stream.close()
-            if self.started is not None and not self.streams:  # cancelled before anybody listened
-                os.close(self.started.stdout)
-                os.close(self.started.stderr)
-
-    def result(self) -> RunResult:
+    def _result(self) -> RunResult:
         result = RunResult(
             exit_code=None,
             timed_out=self.timed_out,
@@ -251,71 +267,72 @@ class _Box:
             leaf=self.name if self.leaf else "",
             error=self.error,
         )
-        if self.started is None or self.status is None:
+        if self.status is None:
             return result
-        out, err = self.streams
-        code = self.status
-        secret, changed = self.started.secret, self.changed_user
-        failed = launcher.launch_error(secret, code, bytes(err.kept), changed_user=changed)
-        if failed:
-            return msgspec.structs.replace(result, error=failed)
-        stderr, cut = err.kept[: self.limits.output_bytes], len(err.kept[self.limits.output_bytes :])
+        bound = self.limits.output_bytes
         return msgspec.structs.replace(
             result,
-            exit_code=code if code >= 0 else None,
-            signal=-code if code < 0 else None,
-            stdout=out.kept.decode("utf-8", "replace"),
-            stderr=stderr.decode("utf-8", "replace"),
-            stdout_dropped=out.dropped,
-            stderr_dropped=err.dropped + cut,
+            exit_code=self.status if self.status >= 0 else None,
+            signal=-self.status if self.status < 0 else None,
+            stdout=self.out.kept.decode("utf-8", "replace"),
+            stderr=self.err.kept[:bound].decode("utf-8", "replace"),
+            stdout_dropped=self.out.dropped,
+            stderr_dropped=self.err.dropped + len(self.err.kept[bound:]),
         )
 
 
-class _Stream:
-    """Reads a pipe to its end: the first `bound` bytes are kept, the rest is counted, so that no writer ever blocks."""
+class _Output:
+    """One pipe's content: the first `bound` bytes are kept, the rest is counted, so that no writer ever blocks."""
 
-    def __init__(self, fd: int, bound: int) -> None:
-        self.fd = fd
+    def __init__(self, bound: int) -> None:
         self.bound = bound
         self.kept = bytearray()
         self.dropped = 0
-        self._loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(fd, self._read)
 
-    def _read(self) -> None:
+    def take(self, fd: int) -> bool:
+        """Reads once. False at the end."""
         try:
-            data = os.read(self.fd, 65536)
+            data = os.read(fd, 65536)
         except BlockingIOError:
-            return
+            return True
         room = self.bound - len(self.kept)
         self.kept += data[:room]
         self.dropped += len(data[room:])
-        if not data:
-            self.close()
-
-    def close(self) -> None:
-        if not self.ended.done():
-            self._loop.remove_reader(self.fd)
-            os.close(self.fd)
-            self.ended.set_result(None)
+        return bool(data)
 
 
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _exited(pidfd: int, seconds: float) -> bool:
+    poller = select.poll()  # select(2) cannot take descriptors from 1024 on, which a busy service has
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Does `work` in a sandbox thread, to its end even if the caller is cancelled meanwhile; the cancellation is raised
-    after that. Half-made or half-removed sandboxes must not be left behind."""
-    future = asyncio.get_running_loop().run_in_executor(launcher.threads(), work)
+def _drain(pipes: dict[int, _Output], deadline: float) -> None:
+    """Reads pipes to their end. They end at once, their writers being dead, unless a process that got out of the leaf,
+    or into nobody's tree, still holds them: then until the deadline."""
+    poller = select.poll()
+    for fd in pipes:
+        poller.register(fd, select.POLLIN)
+    while pipes and (left := deadline - time.monotonic()) > 0:
+        for fd, _ in poller.poll(left * 1000):
+            if not pipes[fd].take(fd):
+                poller.unregister(fd)
+                del pipes[fd]
+
+
+async def _in_thread(work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:
+    """Does `work` in a sandbox thread, to its end even if the caller is cancelled: `stop` is called then, and the
+    cancellation is raised after the end. A half-made or half-removed sandbox must not be left behind."""
+    job = launcher.threads().submit(work)
+    future = asyncio.wrap_future(job)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
             await asyncio.wait({future})
         except asyncio.CancelledError as x:
             cancelled = x
+            if not job.cancel() and stop is not None:  # it has begun
+                stop()
     if cancelled is not None:
         raise cancelled
     return future.result()

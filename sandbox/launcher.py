@@ -31,6 +31,7 @@ from sandbox.model import Limits
 SHELL = "/bin/sh"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PR_SET_NO_NEW_PRIVS = 38  # prctl(2)
+MAX_RUNS = 64
 ADDRESS_SPACE_FACTOR = 4  # RLIMIT_AS counts reserved, never touched memory too: room for libraries and thread stacks
 
 # $1 the leaf's cgroup.procs or "", $2 oom_score_adj or "", $3..$6 rlimits, then the program. `$0` is a secret: what the
@@ -86,9 +87,9 @@ class Started:
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:
-    """Where everything of the sandbox that blocks is done. These threads give up privileges for ever (`_no_new_privs`)
-    and must therefore serve nothing else."""
-    return ThreadPoolExecutor(max_workers=8, thread_name_prefix="sandbox")
+    """Where everything of the sandbox that blocks is done, a thread for each run; further runs wait for their turn.
+    These threads give up privileges for ever (`_no_new_privs`) and must therefore serve nothing else."""
+    return ThreadPoolExecutor(max_workers=MAX_RUNS, thread_name_prefix="sandbox")
 
 
 def check(argv: Sequence[str], env: Mapping[str, str], user: str, stdin: bytes) -> Command:
@@ -153,7 +154,7 @@ def _identity(user: str) -> Identity | None:
         return None
     try:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
-    except (KeyError, OverflowError) as x:
+    except (KeyError, ValueError, OverflowError) as x:
         raise CannotStart(f"no such user: {user!r}") from x
     if entry.pw_uid == os.geteuid():
         return None

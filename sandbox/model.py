@@ -56,7 +56,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pids_refused: int | None = None  # pids.events max
     enforced_by: EnforcedBy = EnforcedBy.RLIMITS
     leaf: str = ""
-    error: str = ""  # why the program could not be started at all
+    error: str = ""  # why the program could not be started at all (exit_code and signal: None), or be cleaned up after
 
     @property
     def ok(self) -> bool:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -45,43 +47,49 @@ def _frozen(root: int, cookie: str, deadline: float) -> list[psutil.Process]:
             _signal(process, signal.SIGSTOP)
 
 
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    """What /proc/PID/stat tells in one read (proc(5)); psutil would take four. `started`: clock ticks since boot."""
+
+    state: str
+    parent: int
+    group: int
+    session: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> _Stat | None:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None  # gone meanwhile
+        return cls(fields[0], int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+
+
 def _members(root: int, cookie: str) -> list[psutil.Process]:
-    everybody = dict(_look(root, cookie))
-    inside = {pid for pid, (_, _, marked) in everybody.items() if marked}
+    """The live processes of the run. Only what was started after its first process can belong to it."""
+    first = _Stat.of(root)
+    looks = {pid: stat for pid in psutil.pids() if pid != os.getpid() and (stat := _Stat.of(pid)) is not None}
+    young = {pid: stat for pid, stat in looks.items() if first is None or stat.started >= first.started}
+    inside = {pid for pid, s in young.items() if root in (pid, s.group, s.session) or _carries(pid, cookie)}
     grown = True
     while grown:
-        children = {pid for pid, (_, parent, _) in everybody.items() if parent in inside and pid not in inside}
+        children = {pid for pid, s in young.items() if s.parent in inside and pid not in inside}
         grown = bool(children)
         inside |= children
     alive = []
     for pid in inside:
-        process = everybody[pid][0]
-        try:
-            if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                alive.append(process)
-        except psutil.NoSuchProcess:
-            continue
+        if young[pid].state not in "ZX":  # a zombie waits for its parent, and does nothing more
+            with suppress(psutil.NoSuchProcess):
+                alive.append(psutil.Process(pid))
     return alive
 
 
-def _look(root: int, cookie: str) -> Iterator[tuple[int, tuple[psutil.Process, int, bool]]]:
-    """pid -> (process, parent, does it itself show that it belongs to the run)."""
-    for pid in psutil.pids():
-        if pid == os.getpid():
-            continue
-        try:
-            process = psutil.Process(pid)
-            marked = pid == root or root in (os.getsid(pid), os.getpgid(pid)) or _carries(process, cookie)
-            yield pid, (process, process.ppid(), marked)
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue  # gone meanwhile
-
-
-def _carries(process: psutil.Process, cookie: str) -> bool:
+def _carries(pid: int, cookie: str) -> bool:
     try:
-        return process.environ().get(COOKIE) == cookie
-    except psutil.AccessDenied:
-        return False  # another user's: not started by us, or we could not kill it anyway
+        return psutil.Process(pid).environ().get(COOKIE) == cookie
+    except psutil.Error:
+        return False  # gone, or another user's: not started by us, or we could not kill it anyway
     except OSError:
         return False  # the kernel refuses the environment of a process that is just exiting
 

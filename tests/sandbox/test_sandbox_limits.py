@@ -19,6 +19,7 @@ from sandbox import EnforcedBy, Limits, cgroup, kill_leaf, leaf_name, run
 
 pytestmark = pytest.mark.cgroup
 MIB = 1 << 20
+FULL = 100_000  # a whole CPU: these programs have other limits to meet
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 HOG = "b = []\nwhile True:\n b.append(bytearray(1 << 20))"
 
@@ -30,7 +31,7 @@ def held_by_the_kernel(result: sandbox.RunResult) -> None:
 
 
 async def test_memory_limit_kills_and_says_so() -> None:
-    result = await run([*PYTHON, HOG], Limits(memory_bytes=32 * MIB, timeout_seconds=120))
+    result = await run([*PYTHON, HOG], Limits(memory_bytes=32 * MIB, cpu_quota_us=FULL, timeout_seconds=120))
     held_by_the_kernel(result)
     assert result.oom_killed
     assert result.signal == 9
@@ -54,7 +55,8 @@ async def test_memory_limit_takes_the_whole_group() -> None:
 
 async def test_memory_within_the_limit_is_no_trouble() -> None:
     result = await run(
-        [*PYTHON, "b = bytearray(20 << 20); print('fits')"], Limits(memory_bytes=96 * MIB, timeout_seconds=60)
+        [*PYTHON, "b = bytearray(20 << 20); print('fits')"],
+        Limits(memory_bytes=96 * MIB, cpu_quota_us=FULL, timeout_seconds=60),
     )
     held_by_the_kernel(result)
     assert (result.stdout, result.oom_killed) == ("fits\n", False)
@@ -70,7 +72,7 @@ async def test_an_agent_exempt_from_the_oom_killer_does_not_exempt_the_program()
     except PermissionError:
         pytest.skip("needs CAP_SYS_RESOURCE")
     try:
-        result = await run([*PYTHON, HOG], Limits(memory_bytes=32 * MIB, timeout_seconds=120))
+        result = await run([*PYTHON, HOG], Limits(memory_bytes=32 * MIB, cpu_quota_us=FULL, timeout_seconds=120))
     finally:
         mine.write_text(before)
     held_by_the_kernel(result)
@@ -89,7 +91,7 @@ try:
 except BlockingIOError:
     print(made)
 """
-    result = await run([*PYTHON, script], Limits(pids=7, timeout_seconds=120))
+    result = await run([*PYTHON, script], Limits(pids=7, cpu_quota_us=FULL, timeout_seconds=120))
     held_by_the_kernel(result)
     assert result.stdout == "6\n"
     assert result.pids_refused is not None
@@ -97,10 +99,14 @@ except BlockingIOError:
 
 
 async def test_fork_bomb_is_held_and_gone() -> None:
-    result = await run(["/bin/sh", "-c", "b() { b | b & }; b; sleep 1000"], Limits(pids=20, timeout_seconds=1.5))
+    leaf = leaf_name()
+    refused = "while read -r _ refused < $0; do [ $refused = 0 ] || exit 7; done"  # all of it built into the shell
+    bomb = ["/bin/sh", "-c", f"b() {{ b | b & }}; b; {refused}", f"{HERE.root}/{leaf}/pids.events"]
+    result = await run(bomb, Limits(pids=20, cpu_quota_us=FULL, timeout_seconds=120), leaf=leaf)
     held_by_the_kernel(result)
+    assert result.exit_code == 7
     assert result.pids_refused
-    assert not remains(result.leaf)
+    assert not remains(leaf)
 
 
 async def test_cpu_limit_throttles() -> None:
@@ -115,17 +121,19 @@ async def test_cpu_limit_throttles() -> None:
 async def test_double_forked_daemon_dies_with_the_leaf() -> None:
     script = """
 import os, time
+ready, tell = os.pipe()
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         print(os.getpid(), flush=True)
+        os.write(tell, b"x")
         for fd in (0, 1, 2):
             os.close(fd)
         os.execve("/bin/sleep", ["sleep", "1000"], {})
     os._exit(0)
-os.wait()
+os.read(ready, 1)
 """
-    result = await run([*PYTHON, script], Limits(timeout_seconds=60))
+    result = await run([*PYTHON, script], Limits(cpu_quota_us=FULL, timeout_seconds=60))
     held_by_the_kernel(result)
     assert result.exit_code == 0
     assert not alive(int(result.stdout))

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from sandbox_traces import UNHELD, alive, remains, until
 
 import sandbox
@@ -82,42 +80,6 @@ async def test_no_new_privileges() -> None:
     assert re.search(r"^NoNewPrivs:\s+0$", Path("/proc/self/status").read_text(), re.M), "it stays in the sandbox"
 
 
-async def test_hostile_arguments_arrive_verbatim() -> None:
-    hostile = [
-        "$(touch /tmp/pwned)",
-        "`id`",
-        "; rm -rf /",
-        "-n",
-        "--",
-        "a\nb",
-        "*",
-        "~",
-        "",
-        " ",
-        "\\",
-        "'",
-        '"',
-        "${IFS}",
-    ]
-    script = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    result = await run([*PYTHON, script, *hostile], ROOMY)
-    assert json.loads(result.stdout) == hostile
-
-
-ARGUMENT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])) | st.binary().map(
-    lambda data: os.fsdecode(data.replace(b"\0", b""))
-)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(ARGUMENT, max_size=5))
-@example(["Ł\x81\x88ł", os.fsdecode(bytes(range(1, 256)))])  # the bytes that dash uses internally as escapes
-async def test_arguments_round_trip_to_the_byte(arguments: list[str]) -> None:
-    script = "import os, sys; print(' '.join('x' + os.fsencode(a).hex() for a in sys.argv[1:]))"
-    result = await run([*PYTHON, script, *arguments], ROOMY)
-    assert result.stdout.split() == ["x" + os.fsencode(a).hex() for a in arguments], result
-
-
 async def test_standard_input() -> None:
     assert (await run(["cat"], ROOMY, stdin=b"")).stdout == ""
     data = b"line\n" * 100_000
@@ -178,17 +140,19 @@ async def test_timeout_kills_grandchildren() -> None:
 
 DAEMON = """
 import os, sys
+ready, tell = os.pipe()
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         print(os.getpid(), flush=True)
+        os.write(tell, b"x")
         null = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         import time
         time.sleep(1000)
     os._exit(0)
-os.wait()
+os.read(ready, 1)
 """
 
 
@@ -218,7 +182,7 @@ async def test_cancellation_kills_the_tree_and_is_raised_again(tmp_path: Path) -
 
 
 async def test_cancellation_at_any_moment_leaves_nothing(each_mode: sandbox.Capability) -> None:
-    for moment in range(24):
+    for moment in range(0, 24, 1 if each_mode.root else 3):
         leaf = sandbox.leaf_name() or f"run-cancel{os.getpid()}-{moment}"
         task = asyncio.create_task(run(["sleep", "1000"], ROOMY, leaf=leaf))
         for _ in range(moment):
