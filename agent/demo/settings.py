@@ -46,7 +46,8 @@ class Ports:
         return f"http://127.0.0.1:{getattr(self, name)}"
 
     def database(self, role: str, name: str = "shop") -> str:
-        return f"postgresql://{role}@127.0.0.1:{self.postgres}/{name}"
+        """The PostgreSQL URI for a role. The loopback needs no TLS, and looking for certificates needs a home."""
+        return f"postgresql://{role}@127.0.0.1:{self.postgres}/{name}?sslmode=disable"
 
 
 def prometheus(ports: Ports, rules: Path) -> str:
@@ -211,7 +212,7 @@ def agent(ports: Ports, shop: Path, state: Path) -> str:
                 "postgres": {
                     "host": "local",
                     "listen_port": str(ports.postgres),
-                    "pg_dsn": ports.database("alertmedic"),
+                    "pg_dsn": f"postgresql://alertmedic@127.0.0.1:{ports.postgres}/shop",
                 },
                 "node-1": {"host": "local"},
             },

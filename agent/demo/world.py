@@ -56,16 +56,19 @@ GO_ENVIRONMENT = {"GOMAXPROCS": "1"}  # the Go programs leave the second CPU alo
 
 async def until(what: str, check: Callable[[], Awaitable[bool]], seconds: float, child: Child | None = None) -> None:
     """Polls until `check` says yes. Raises WorldError at the deadline, or as soon as `child` has died."""
-    deadline = time.monotonic() + seconds
+    deadline, last = time.monotonic() + seconds, "not so"
     while True:
         if child is not None:
             child.check()
-        with contextlib.suppress(OSError, TimeoutError, aiohttp.ClientError, asyncpg.PostgresError, ValueError):
+        try:
             if await check():
                 return
+            last = "not so"
+        except (OSError, TimeoutError, aiohttp.ClientError, asyncpg.PostgresError, ValueError) as error:
+            last = f"{type(error).__name__}: {error}"
         if time.monotonic() > deadline:
             hint = f"; its last words:\n{child.tail()}" if child is not None else ""
-            raise WorldError(f"{what}: not within {seconds:.0f} s{hint}")
+            raise WorldError(f"{what}: not within {seconds:.0f} s ({last}){hint}")
         await asyncio.sleep(0.1)
 
 
@@ -191,7 +194,7 @@ class World:
         load = ("-m", "agent.demo.shop.load", "--front", self.ports.url("front"), "--seed", str(self.seed))
         await self._start("load", Command((sys.executable, *load), bare_environment()))
         await self._start_injector()
-        await until("Prometheus sees every target", self.prometheus.all_targets_up, 20)
+        await until("Prometheus sees every target", self.prometheus.all_targets_up, 45)
 
     async def _start_postgres(self) -> None:
         user, data = unprivileged_user(), self.place("postgres") / "data"
@@ -261,7 +264,7 @@ class World:
                 async with self.session.get(url) as answer:
                     return answer.status == 200
 
-            await until(f"{part} is open", healthy, 20, child)
+            await until(f"{part} is open", healthy, 45, child)
 
     async def _start_exporters(self) -> None:
         env = bare_environment() | GO_ENVIRONMENT
@@ -269,7 +272,7 @@ class World:
         node += ["--collector.disable-defaults", *(f"--collector.{name}" for name in NODE_COLLECTORS)]
         await self._start("node_exporter", Command(tuple(node), env))
         postgres = (path_of("postgres_exporter"), f"--web.listen-address=127.0.0.1:{self.ports.postgres_exporter}")
-        dsn = self.ports.database("exporter") + "?sslmode=disable"
+        dsn = self.ports.database("exporter")
         await self._start("postgres_exporter", Command(postgres, env | {"DATA_SOURCE_NAME": dsn}))
 
     async def _start_monitoring(self) -> None:
