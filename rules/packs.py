@@ -77,6 +77,7 @@ class FactTest(_Strict, frozen=True, kw_only=True):
 
     kind: str
     evidence: str  # the Evidence that brings such facts; if that is missing, so is the group
+    source: str = "host"  # which source brings it
     owner: Literal["candidate", "host"] = "candidate"  # facts of the service itself, or of the host it stands for
     where: dict[str, Condition] = {}
     strong: dict[str, Condition] | None = None
@@ -238,9 +239,14 @@ class PackSet:
         return found
 
     def queries(self) -> tuple[EvidenceQuery, ...]:
-        """Every evidence query, by name."""
-        found = {name: text for pack in self.packs for name, text in pack.queries.items()}
-        return tuple(EvidenceQuery(name=name, query=found[name]) for name in sorted(found))
+        """Everything to ask for, by name: the packs' queries to Prometheus, and the facts that their groups look at
+        (from the source named by the group, with an empty query)."""
+        found = {n: EvidenceQuery(name=n, query=text) for pack in self.packs for n, text in pack.queries.items()}
+        for group in self.groups.values():
+            if group.facts is not None:
+                name = group.facts.evidence
+                found[name] = EvidenceQuery(name=name, query="", source=group.facts.source)
+        return tuple(found[name] for name in sorted(found))
 
     @cached_property
     def signals(self) -> dict[str, Signal]:
