@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 import msgspec
 import pytest
 from cli_world import NASTY, alert, diagnosis, waiting_plan
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -59,8 +60,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_duration_is_short_and_never_shows_sixty(seconds: float) -> None:
     text = span(seconds)
     assert len(text) <= 14
-    assert "60 s" not in text
-    assert "60 min" not in text
+    assert not re.search(r"(^| )60(\.0*)? (s|min)", text)
 
 
 def test_times_are_absolute_and_relative() -> None:
@@ -153,7 +153,7 @@ def test_what_was_tried_before_is_told() -> None:
     assert "reopened   2 times" in text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_nothing_that_others_wrote_reaches_a_terminal_raw(one: str, two: str) -> None:
     bad = NASTY + one

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from schema_walk import keys
 
@@ -307,7 +307,7 @@ class TestLaws:
         loaded = yaml.safe_load(body) if body.strip() else None
         assert loaded is None or set(loaded) <= known
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.binary(max_size=300))
     @example(b"[" * 50_000)
     @example(b"{a: " * 50_000)
@@ -323,12 +323,12 @@ class TestLaws:
     def test_any_bytes(self, body: bytes) -> None:
         self.check(body)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(TREES)
     def test_any_tree_of_known_and_unknown_names(self, tree: object) -> None:
         self.check(yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"))
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.sampled_from([k for k, _ in keys() if "[]" not in k and "NAME" not in k]), SCALARS)
     def test_one_known_key_with_any_value_is_taken_or_reported_at_its_line(self, key: str, value: object) -> None:
         tree: object = value
@@ -341,14 +341,14 @@ class TestLaws:
                 assert fault.line >= 1
                 assert fault.key == "" or fault.key.split(".")[0].split("[")[0] in {key.split(".")[0], "prometheus"}
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.dictionaries(st.sampled_from(sorted(environment_variables())), st.text(max_size=20), max_size=4))
     def test_any_environment(self, environ: dict[str, str]) -> None:
         result = attempt(b"", environ)
         if isinstance(result, tuple):
             assert all(fault.file in environ for fault in result)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.text(min_size=1, max_size=10))
     def test_an_unknown_key_is_never_loaded(self, name: str) -> None:
         body = yaml.safe_dump({"guard": {name: 1}}).encode("utf-8", "surrogatepass")

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -127,7 +127,7 @@ def test_samplers_run_at_each_scrape_and_vanished_label_values_go() -> None:
     assert value(found, "alertmedic_queue_watermark") == 7
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text(max_size=8), max_size=200), st.lists(st.text(max_size=8), max_size=60))
 def test_labels_are_bounded_whatever_comes(tenants: list[str], sources: list[str]) -> None:
     telemetry = Telemetry("1.0")

@@ -184,7 +184,7 @@ def test_a_dead_collector_delays_nobody() -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="extra alertmedic[otlp]")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        tracing = Tracing("1", otlp_exporter(f"http://127.0.0.1:{port}", 60.0), max_spans=16)
+        tracing = Tracing("1", otlp_exporter(f"http://127.0.0.1:{port}", 5.0), max_spans=16)
         for _ in range(500):  # many more than may wait; any that blocked would not return while the server is silent
             with tracing.span("evidence", "inc-a"):
                 pass
