@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_world import alertmedic, awaiting_approval, breaker_and_quarantine, process
-from conftest import Service
+from cli_world import Service, alertmedic, awaiting_approval, breaker_and_quarantine, process
 
 from agent.commands.decide import call
 from agent.commands.output import CommandError, Exit

@@ -13,8 +13,16 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from cli_world import alertmedic, awaiting_approval, breaker_and_quarantine, environment, healed, open_incident, process
-from conftest import Service
+from cli_world import (
+    Service,
+    alertmedic,
+    awaiting_approval,
+    breaker_and_quarantine,
+    environment,
+    healed,
+    open_incident,
+    process,
+)
 
 from agent.store import Store
 
