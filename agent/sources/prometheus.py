@@ -314,9 +314,8 @@ class PrometheusSource:
         if self._closed:
             raise QueryError(f"the source {self.name} is closed")
         if self._session is None:
-            connector = aiohttp.TCPConnector(
-                limit=self.config.concurrency, ssl=self._tls or True, keepalive_timeout=KEEPALIVE_SECONDS
-            )
+            # No limit of its own: the slots bound requests, and waiting for one is under the caller's deadline.
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls or True, keepalive_timeout=KEEPALIVE_SECONDS)
             self._session = aiohttp.ClientSession(
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
