@@ -4,7 +4,7 @@ Called by `actions.runner`. Never decides whether something may run, and never p
 """
 
 from sandbox.capability import Capability, SandboxUnavailable, probe
-from sandbox.execution import current, kill_leaf, leaf_name, run, use
+from sandbox.execution import current, kill_leaf, leaf_name, run, sweep, use
 from sandbox.model import EnforcedBy, Limits, Protection, RunResult
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "leaf_name",
     "probe",
     "run",
+    "sweep",
     "use",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import select
 import shutil
@@ -31,6 +32,8 @@ KILL_SECONDS = 10.0  # for a killed tree to be gone; only an uninterruptible sys
 EOF_SECONDS = 1.0  # for the pipes to end after that; only a process outside the leaf can still hold them
 LAUNCHER_BYTES = 4096  # of stderr are always looked at, for the launcher's own message
 
+SWEEPABLE = re.compile(r"run-(?P<space>\d+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
+
 T = TypeVar("T")
 _capability: Capability | None = None
 
@@ -50,8 +53,13 @@ def current() -> Capability:
 
 def leaf_name() -> str:
     """A fresh name for a leaf, to be recorded before `run(leaf=...)`; "" where there are no leaves (then a crash cannot
-    be cleaned up after, and `kill_leaf("")` says so)."""
-    return f"run-{secrets.token_hex(8)}" if current().root is not None else ""
+    be cleaned up after, and `kill_leaf("")` says so). It names the agent too, by which `sweep` knows its own kind."""
+    return _fresh_name() if current().root is not None else ""
+
+
+def _fresh_name() -> str:
+    space, pid = Path("/proc/self/ns/pid").stat().st_ino, os.getpid()
+    return f"run-{space}-{pid}-{processes.start_ticks(pid)}-{secrets.token_hex(6)}"
 
 
 async def run(
@@ -119,6 +127,30 @@ def _kill_leaf(leaf: str, deadline_seconds: float) -> bool:
     return True
 
 
+async def sweep(deadline_seconds: float) -> list[str]:
+    """Ends and removes every leaf whose agent is no longer alive, and returns their names. To be called at the start:
+    runs whose leaf is in no journal (target look-ups) would otherwise go on for ever when their agent crashed. Leaves
+    of other living agents of this host, and of other PID namespaces, are left alone."""
+    return await _in_thread(lambda: _sweep(deadline_seconds))
+
+
+def _sweep(deadline_seconds: float) -> list[str]:
+    root = current().root
+    if root is None:
+        return []
+    here = Path("/proc/self/ns/pid").stat().st_ino
+    swept = []
+    for path in sorted(root.iterdir()):
+        named = SWEEPABLE.fullmatch(path.name)
+        if named is None or int(named["space"]) != here:
+            continue
+        if processes.start_ticks(int(named["pid"])) == int(named["start"]):
+            continue  # its agent is alive: maybe us
+        if _kill_leaf(path.name, deadline_seconds):
+            swept.append(path.name)
+    return swept
+
+
 class _Box:
     """One run: what it has made so far, and how to unmake it. All of it blocks, in one sandbox thread from beginning to
     end: on a busy machine every hand-over between threads would cost more than the launcher. Only `stop` is called from
@@ -127,7 +159,7 @@ class _Box:
     def __init__(self, capability: Capability, limits: Limits, leaf: str) -> None:
         self.capability = capability
         self.limits = limits
-        self.name = leaf or f"run-{secrets.token_hex(8)}"
+        self.name = leaf or _fresh_name()
         self.leaf: Leaf | None = None
         self.workdir: Path | None = None
         self.started: launcher.Started | None = None

@@ -66,6 +66,12 @@ class _Stat:
         return cls(fields[0], int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
+def start_ticks(pid: int) -> int | None:
+    """When that process was started, in clock ticks since boot; with the number, its identity. None: there is none."""
+    stat = _Stat.of(pid)
+    return None if stat is None or stat.state in "ZX" else stat.started
+
+
 def _members(root: int, cookie: str) -> list[psutil.Process]:
     """The live processes of the run. Only what was started after its first process can belong to it."""
     first = _Stat.of(root)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sandbox_traces import alive, remains, until
 
 import sandbox
-from sandbox import Limits, kill_leaf, launcher, leaf_name, run
+from sandbox import Limits, cgroup, kill_leaf, launcher, leaf_name, run
 from sandbox.cgroup import Leaf
 
 pytestmark = pytest.mark.usefixtures("node")
@@ -116,9 +117,11 @@ async def test_a_launcher_that_finds_no_leaf_never_starts_the_program(tmp_path: 
 
 
 AGENT = """
-import asyncio, sys
+import asyncio, dataclasses, sys
 from pathlib import Path
 import sandbox
+if sys.argv[3:]:
+    sandbox.use(dataclasses.replace(sandbox.current(), root=Path(sys.argv[3])))
 leaf = sandbox.leaf_name()
 Path(sys.argv[1], "leaf").write_text(leaf)
 script = f"echo $$ > {sys.argv[1]}/pid; sleep 1000 & echo $! >> {sys.argv[1]}/pid; wait"
@@ -144,6 +147,37 @@ async def test_agent_killed_at_a_failpoint_leaves_nothing_after_kill_leaf(name: 
     assert not remains(leaf)
     if (tmp_path / "pid").exists():
         assert not [p for p in (tmp_path / "pid").read_text().split() if alive(int(p))]
+
+
+@pytest.fixture
+def own_node(node: Path) -> Iterator[Path]:
+    """A node of the test's own: what other agents of this host have left is not for a test to sweep."""
+    path = node.parent / f"alertmedic-test-{os.getpid()}"
+    path.mkdir()
+    cgroup.enable(path, owned=False)
+    yield path
+    whole = Leaf.at(path)
+    whole.kill(5.0)
+    whole.remove()
+
+
+async def test_sweep_ends_what_dead_agents_left_and_nothing_else(
+    tmp_path: Path, own_node: Path, held: sandbox.Capability
+) -> None:
+    env = {**os.environ, "ALERTMEDIC_FAILPOINT": "sandbox_after_spawn"}
+    command = [sys.executable, "-c", AGENT, str(tmp_path), "300", str(own_node)]
+    agent = await asyncio.create_subprocess_exec(*command, env=env)
+    assert await agent.wait() == -signal.SIGKILL
+    dead = (tmp_path / "leaf").read_text()
+    sandbox.use(dataclasses.replace(held, root=own_node))
+    ours = Leaf.create(own_node, leaf_name())
+    strange = Leaf.create(own_node, f"run-1-{agent.pid}-1-abc")  # of another PID namespace
+    assert (own_node / dead).exists()
+    assert await sandbox.sweep(10.0) == [dead]
+    assert not (own_node / dead).exists()
+    assert not remains(dead)
+    assert ours.path.exists()
+    assert strange.path.exists()
 
 
 async def test_the_leaf_that_cannot_be_made_is_an_error_and_starts_nothing(
