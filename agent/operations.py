@@ -8,10 +8,10 @@ which checks the gates again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, Protocol
 
-from actions.runner import Runner
+from actions.breaker import Breaker
 from agent.fold_model import Incident, IncidentState
 from agent.http.api import ApprovalAnswer, Outcome
 from agent.journal.records import ApprovalGiven, Noted, PauseSet
@@ -19,10 +19,19 @@ from agent.store import Store
 from sandbox.failpoint import failpoint
 
 
+class Breakers(Protocol):
+    """Who holds the circuit breakers: the runner of a running service, or the journal of a stopped one."""
+
+    @property
+    def breakers(self) -> Mapping[str, Breaker]: ...
+
+    async def reset_breaker(self, key: str, reason: str = ...) -> None: ...
+
+
 class Operations:
     """Implements `agent.http.api.Operations`."""
 
-    def __init__(self, store: Store, runner: Runner, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: Store, runner: Breakers, clock: Callable[[], float] = time.time) -> None:
         self._store = store
         self._runner = runner
         self._clock = clock

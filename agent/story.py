@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Tone = Literal["", "good", "bad", "warn", "dim", "title"]
 MAX_ALERTS = 10
 MAX_OUTPUT_LINES = 5
+MISSING_NAMED = 6  # signals that are missing for one reason are named up to here
 _COLOURS: dict[Tone, str] = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim", "title": "bold", "": ""}
 _STATES: dict[IncidentState, Tone] = {
     IncidentState.RESOLVED: "good",
@@ -210,8 +211,13 @@ def _evidence(incident: Incident) -> Iterator[Row]:
     yield Row(
         f"up to {clock_time(incident.evidence_at)}, {took}" if incident.evidence_at else took, incident.diagnosed_at
     )
+    by_reason: dict[str, list[str]] = {}
     for name, reason in sorted(diagnosis.missing.items()):
-        yield Row(printable(f"missing: {name}: {reason}"), depth=1, tone="warn")
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        told = ", ".join(names[:MISSING_NAMED])
+        more = f" and {len(names) - MISSING_NAMED} more" if len(names) > MISSING_NAMED else ""
+        yield Row(printable(f"missing: {told}{more}: {reason}"), depth=1, tone="warn")
 
 
 def _hypotheses(incident: Incident) -> Iterator[Row]:

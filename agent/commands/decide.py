@@ -17,12 +17,11 @@ import socket
 import urllib.parse
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from agent.commands.output import CommandError, Exit, emit_json, say
 
 if TYPE_CHECKING:
-    from actions.runner import Runner
     from agent.operations import Operations
     from agent.store import Store
 
@@ -172,7 +171,7 @@ def _offline(state_dir: Path, act: Callable[[Store, Operations], Awaitable[T]]) 
 
         store = Store.open(state_dir)
         try:
-            return await act(store, Operations(store, cast("Runner", _JournalBreakers(store))))
+            return await act(store, Operations(store, _JournalBreakers(store)))
         finally:
             await store.close()
 

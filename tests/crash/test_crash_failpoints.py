@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from crash_world import ROOT, Agent, Services, free_port, query, start_prometheus, until
+from agent_world import ROOT, Agent, Services, free_port, query, start_prometheus, until
 
 USUAL = [
     "intake_before_parse",

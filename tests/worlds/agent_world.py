@@ -1,5 +1,5 @@
-"""The world of the crash tests: a real Prometheus over services that can be broken one by one, and agents that can be
-killed. Each test has a service of its own, so that tests do not spoil each other's baselines."""
+"""The world of the crash and end-to-end tests: a real Prometheus over services that can be broken one by one, and
+agents that can be killed. Each test has a service of its own, so that tests do not spoil each other's baselines."""
 
 from __future__ import annotations
 
@@ -118,11 +118,23 @@ class Services:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-def start_prometheus(program: str, directory: Path, target: str, port: int) -> subprocess.Popen[bytes]:
+def start_prometheus(
+    program: str, directory: Path, target: str, port: int, alertmanager: str = ""
+) -> subprocess.Popen[bytes]:
+    """Scrapes `target` four times a second; with an Alertmanager, `ProbeFails` fires for every broken service."""
     config = directory / "prometheus.yml"
+    alerting = ""
+    if alertmanager:
+        rules = directory / "rules.yml"
+        rules.write_text(
+            "groups: [{name: probe, interval: 500ms, rules: [{alert: ProbeFails, expr: 'probe_error_ratio > 0.1'}]}]\n"
+        )
+        alerting = f"rule_files: ['{rules}']\n"
+        alerting += f"alerting: {{alertmanagers: [{{static_configs: [{{targets: ['{alertmanager}']}}]}}]}}\n"
     config.write_text(
         "global: {scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 1s}\n"
         f"scrape_configs: [{{job_name: crash, honor_labels: true, static_configs: [{{targets: ['{target}']}}]}}]\n"
+        + alerting
     )
     return subprocess.Popen(
         [
@@ -130,6 +142,27 @@ def start_prometheus(program: str, directory: Path, target: str, port: int) -> s
             f"--config.file={config}",
             f"--storage.tsdb.path={directory / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",
+            "--log.level=error",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def start_alertmanager(program: str, directory: Path, port: int, webhook: str) -> subprocess.Popen[bytes]:
+    """Sends every alert to `webhook` at once."""
+    config = directory / "alertmanager.yml"
+    config.write_text(
+        "route: {receiver: alertmedic, group_by: [alertname, service], group_wait: 100ms, group_interval: 1s}\n"
+        f"receivers: [{{name: alertmedic, webhook_configs: [{{url: '{webhook}', send_resolved: true}}]}}]\n"
+    )
+    return subprocess.Popen(
+        [
+            program,
+            f"--config.file={config}",
+            f"--storage.path={directory / 'alertmanager'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--cluster.listen-address=",
             "--log.level=error",
         ],
         stdout=subprocess.DEVNULL,
@@ -157,6 +190,7 @@ class Agent:
     services: Services
     autonomy: str = "auto"
     extra: str = ""
+    port: int = 0
     verify_seconds: float = 10.0
     process: subprocess.Popen[str] | None = None
     address: tuple[str, int] = ("", 0)
@@ -173,7 +207,7 @@ class Agent:
         (self.directory / "actions" / "crash.yaml").write_text(action)
         (self.directory / "alertmedic.yaml").write_text(
             f"""
-listen: 127.0.0.1:0
+listen: 127.0.0.1:{self.port}
 state_dir: {self.directory / "state"}
 prometheus:
   url: {self.prometheus}
@@ -254,9 +288,17 @@ investigate: {{rounds: 3, round_seconds: 1}}
 
     def alert(self, name: str, status: str = "firing") -> int:
         """Posts one alert; remembers it when it was acknowledged."""
+        body = self.payload(name, status)
+        code, _ = self.request("POST", "/webhook", body)
+        if code == 200:
+            self.acknowledged.append(body["alerts"][0]["fingerprint"])
+        return code
+
+    def payload(self, name: str, status: str = "firing") -> dict[str, Any]:
+        """A webhook body with one alert of the service, as it is at this moment."""
         fingerprint = hashlib.md5(f"{self.service}{name}".encode(), usedforsecurity=False).hexdigest()[:16]
         now = datetime.now(UTC).isoformat()
-        body = {
+        return {
             "version": "4",
             "status": status,
             "receiver": "crash",
@@ -278,10 +320,6 @@ investigate: {{rounds: 3, round_seconds: 1}}
                 }
             ],
         }
-        code, _ = self.request("POST", "/webhook", body)
-        if code == 200:
-            self.acknowledged.append(fingerprint)
-        return code
 
     def command(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
