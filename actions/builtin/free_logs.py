@@ -32,9 +32,9 @@ MAX_DEPTH = 8
 MAX_SEEN = 100_000
 MAX_SHOWN = 50
 TAIL_BYTES = 64 * 1024
-LIVE = re.compile(r".+\.(log|out|err|jsonl)")
+LIVE = re.compile(r".+\.(log|out|err|jsonl)", re.DOTALL)
 ROTATED = re.compile(
-    r".+\.(log|out|err|jsonl)[.-](\d[\d.T_-]*)(\.(gz|xz|bz2|zst))?|.+\.log\.old|.+\.(log|out)\.(gz|xz|zst)"
+    r".+\.(log|out|err|jsonl)[.-](\d[\d.T_-]*)(\.(gz|xz|bz2|zst))?|.+\.log\.old|.+\.(log|out)\.(gz|xz|zst)", re.DOTALL
 )
 FORBIDDEN_ROOTS = (
     "/",
@@ -75,9 +75,11 @@ class LogFile:
 def open_root(root: str, identity: str, protected: tuple[str, ...]) -> int:
     """A descriptor of the root. `identity` is `dev:ino`, "" where none was planned yet. Raises RootError or OSError."""
     plain = os.path.normpath(root)
-    if not root.startswith("/") or plain != root.rstrip("/") or plain in FORBIDDEN_ROOTS:
+    # normpath keeps two leading slashes: POSIX lets them mean something else.
+    absolute = root.startswith("/") and not root.startswith("//")
+    if not absolute or plain != root.rstrip("/") or plain in FORBIDDEN_ROOTS:
         raise RootError(f"{root} may not be a root of logs")
-    if any(fnmatchcase(plain, glob) or fnmatchcase(plain, glob.rstrip("/") + "/*") for glob in protected):
+    if is_protected(plain, protected):
         raise RootError(f"{root} is protected")
     fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for name in plain.strip("/").split("/"):  # no part of the way may be a link
@@ -91,6 +93,11 @@ def open_root(root: str, identity: str, protected: tuple[str, ...]) -> int:
         os.close(fd)
         raise RootError(f"{root} is another directory than when the plan was made")
     return fd
+
+
+def is_protected(path: str, globs: tuple[str, ...]) -> bool:
+    """Whether the path or a directory above it matches a glob."""
+    return any(fnmatchcase(path, glob) or fnmatchcase(path, glob.rstrip("/") + "/*") for glob in globs)
 
 
 def walk(root: int) -> Iterator[LogFile]:
@@ -145,11 +152,16 @@ def used_percent(root: int) -> float:
 
 def candidates(root: int, args: argparse.Namespace) -> list[LogFile]:
     """What may be freed, in the order in which it is: rotated files by age, then live ones by size."""
-    now, files = time.time(), list(walk(root))
+    now, globs = time.time(), protected_globs(args)
+    files = [f for f in walk(root) if not is_protected(f"{args.root.rstrip('/')}/{f.path}", globs)]
     old = [f for f in files if f.rotated and now - f.modified >= args.min_age_seconds and f.size]
     live = [f for f in files if not f.rotated and f.size > 2 * TAIL_BYTES] if args.truncate == "yes" else []
     ordered = sorted(old, key=lambda f: f.modified) + sorted(live, key=lambda f: -f.size)
     return ordered[: args.max_files]
+
+
+def protected_globs(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(g for g in args.protected_paths.split(",") if g)
 
 
 def remove(root: int, file: LogFile) -> str:
@@ -277,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGIO, signal.SIG_IGN)  # comes when somebody opens a file while we hold its lease
     try:
-        root = open_root(args.root, args.root_id, tuple(g for g in args.protected_paths.split(",") if g))
+        root = open_root(args.root, args.root_id, protected_globs(args))
     except RootError as error:
         sys.stderr.write(f"free_logs: {error}\n")
         return CANNOT_TELL if args.operation == "check" else NOTHING_DONE
