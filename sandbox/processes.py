@@ -25,6 +25,11 @@ def kill_tree(root: int, cookie: str, deadline_seconds: float) -> bool:
     cannot have been given away). True when a look found none alive; False if some were left at the deadline."""
     deadline = time.monotonic() + deadline_seconds
     while True:
+        # The kernel signals a whole group at once, also a member that is forking: a chain whose every generation lives
+        # a millisecond is never seen by a look at /proc, and dies here. (A chain that also makes a new session each
+        # time escapes both: that needs a cgroup.)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(root, signal.SIGKILL)
         members = _frozen(root, cookie, deadline)
         if not members:
             return True
