@@ -50,6 +50,7 @@ from agent.verify import SeriesVerifier
 logger = logging.getLogger("alertmedic.app")
 RECONCILE_SECONDS = 30.0
 GRACE_SECONDS = 30.0
+SWEEP_SECONDS = 10.0
 RETRY_SECONDS = 5.0
 MIN_FREE_BYTES = 64 * 1024 * 1024
 
@@ -82,6 +83,8 @@ async def serve(config: Config, ready: Callable[[str], None] | None = None) -> i
 async def running(config: Config) -> AsyncIterator[App]:
     """The whole service, for the time of the block."""
     sandbox.use(sandbox.probe(config.sandbox.parent))
+    for leaf in await sandbox.sweep(SWEEP_SECONDS):
+        logger.warning("ended %s: a run of an agent that is dead", leaf)
     packs = load_packs(config.packs.dirs, config.packs.disable)
     catalog = load_catalog(config.actions.dirs, config.actions.disable)
     topology = load_topology(config)
