@@ -57,7 +57,8 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self, value: object) -> ParamValue:
         """The value as this parameter's type. Raises ParameterError. Inventory text becomes a number or boolean where
-        the parameter is one; nothing else is converted."""
+        the parameter is one, a boolean becomes `true` or `false` where the parameter is text; nothing else is
+        converted."""
         typed = self._typed(value)
         if isinstance(typed, str):
             self._check_text(typed)
@@ -79,6 +80,8 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
             case "string":
                 if isinstance(value, str):
                     return value
+                if isinstance(value, bool):  # YAML reads `value: off` as a boolean
+                    return as_text(value)
             case "bool":
                 if isinstance(value, bool):
                     return value

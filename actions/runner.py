@@ -92,6 +92,7 @@ class RunnerSettings:
     fault snapshot and returns its file name when that is durable."""
 
     protection: Protection = "automatic"
+    user: str = ""  # for steps that name none
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     secrets: Mapping[str, str] = field(default_factory=dict)
     environment: Callable[[Plan], Mapping[str, str]] = lambda _: {}
@@ -365,7 +366,7 @@ class Runner:
                     argv,
                     step.limits,
                     env={**BASE_ENVIRONMENT, **extra} if extra else None,
-                    user=step.user,
+                    user=step.user or self._settings.user,
                     protection=self._settings.protection,
                     leaf=leaf,
                 )

@@ -81,7 +81,7 @@ async def shop() -> AsyncIterator[Shop]:
     await server.close()
 
 
-async def plan_flag(shop: Shop, flag: str = "live", value: str = "off", path: str = "/flags") -> Plan | Declined:
+async def plan_flag(shop: Shop, flag: str = "live", value: Any = "off", path: str = "/flags") -> Plan | Declined:
     world = context(inventory={"orders": {"flags_url": shop.base + path}}, targets=(), values={})
     proposal = Proposal(action="feature_flag.set", service="orders", params={"flag": flag, "value": value})
     return await guard.consider(proposal, load_catalog(), world, in_sandbox)
@@ -117,6 +117,11 @@ async def test_a_flag_is_switched_and_the_check_follows(shop: Shop) -> None:
 async def test_a_flag_that_did_not_help_is_switched_back(shop: Shop) -> None:
     assert await carry_out(await plan_flag(shop), verdict=False) == ("undone", "planned intent ran undoing undone")
     assert shop.flags["live"] is True
+
+
+async def test_a_proposal_may_say_false_for_off(shop: Shop) -> None:
+    assert (await carry_out(await plan_flag(shop, value=False)))[0] == "verified"
+    assert shop.flags["live"] is False
 
 
 async def test_a_text_flag(shop: Shop) -> None:

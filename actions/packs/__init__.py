@@ -1,0 +1,1 @@
+"""The shipped action definitions. A package, so that its files are installed with it."""
