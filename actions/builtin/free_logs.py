@@ -2,7 +2,7 @@
 
 Runs as `python -I -m actions.builtin.free_logs resolve|run|check --root DIR`. Removes rotated log files, oldest first,
 until the file system is below the goal; where truncation is asked for, also empties live logs (their last part is kept
-beside them). Every path is walked by descriptors with O_NOFOLLOW: no link is followed, the root and its device are
+beside them). Every path is walked by descriptors with O_NOFOLLOW: no link is followed, the root and its mount are
 never left. A file that somebody has open for writing is not removed: a read lease, which the kernel refuses while there
 are writers, is held while it is unlinked (fcntl(2), F_SETLEASE). Files with several names are left alone, since one of
 the names may be no log.
@@ -101,8 +101,8 @@ def is_protected(path: str, globs: tuple[str, ...]) -> bool:
 
 
 def walk(root: int) -> Iterator[LogFile]:
-    """Log files below the root, without leaving its device. Files that somebody links elsewhere too are left out."""
-    device, seen = os.fstat(root).st_dev, 0
+    """Log files below the root, without leaving its mount. Files that somebody links elsewhere too are left out."""
+    mount, seen = mount_of(root), 0
     pending: list[tuple[str, ...]] = [()]
     while pending:
         directory = pending.pop()
@@ -110,23 +110,34 @@ def walk(root: int) -> Iterator[LogFile]:
         if fd is None:
             continue
         try:
+            if mount_of(fd) != mount:
+                continue
             with os.scandir(fd) as entries:
                 for entry in entries:
                     seen += 1
                     if seen > MAX_SEEN:
                         return
                     info = entry.stat(follow_symlinks=False)
-                    if info.st_dev != device:
-                        continue
                     if stat.S_ISDIR(info.st_mode) and len(directory) < MAX_DEPTH:
                         pending.append((*directory, entry.name))
                     elif stat.S_ISREG(info.st_mode) and info.st_nlink == 1:
                         rotated = ROTATED.fullmatch(entry.name) is not None
                         if rotated or LIVE.fullmatch(entry.name):
-                            size = info.st_blocks * 512
+                            # What the disk gets back; file systems that do not count blocks say 0.
+                            size = info.st_blocks * 512 or info.st_size
                             yield LogFile(directory, entry.name, size, info.st_mtime, info.st_dev, info.st_ino, rotated)
         finally:
             os.close(fd)
+
+
+def mount_of(fd: int) -> str:
+    """The id of the mount that the descriptor is on (proc(5), fdinfo). Not the device: the files of an overlay may have
+    others than its directories. Raises OSError, and ValueError where the kernel does not say."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:  # noqa: PTH123 - shorter to start than pathlib
+        for line in file:
+            if line.startswith("mnt_id:"):
+                return line.split()[1]
+    raise ValueError("the kernel does not name mounts")
 
 
 def open_below(root: int, names: tuple[str, ...]) -> int | None:
@@ -172,7 +183,7 @@ def remove(root: int, file: LogFile) -> str:
     try:
         fd = os.open(file.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         try:
-            if not _same(os.fstat(fd), file):
+            if not _same(os.fstat(fd), file) or mount_of(fd) != mount_of(root):
                 return "it has been replaced"
             try:
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
@@ -197,7 +208,7 @@ def truncate(root: int, file: LogFile, stamp: int) -> str:
         fd = os.open(file.name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         try:
             info = os.fstat(fd)
-            if not _same(info, file):
+            if not _same(info, file) or mount_of(fd) != mount_of(root):
                 return "it has been replaced"
             tail = os.pread(fd, TAIL_BYTES, max(0, info.st_size - TAIL_BYTES))
             os.ftruncate(fd, 0)
@@ -298,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         return CANNOT_TELL if args.operation == "check" else FAILED
     try:
         return {"resolve": resolve, "run": run, "check": check}[args.operation](root, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.stderr.write(f"free_logs: {args.root}: {error}\n")
         return CANNOT_TELL if args.operation == "check" else FAILED
     finally:
