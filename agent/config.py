@@ -272,6 +272,7 @@ class Investigate(Struct, frozen=True, kw_only=True):
     concurrency: Annotated[int, Meta(ge=1, le=256)] = 4
     rounds: Annotated[int, Meta(ge=1, le=100)] = 3  # looks at the evidence while it is insufficient
     round_seconds: Seconds = 30.0
+    recordings: Directory | None = None  # every look is kept here as a recording
 
 
 class Otlp(Struct, frozen=True, kw_only=True):

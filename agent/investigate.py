@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from actions.model import Declined, Plan, Refusal
 from actions.runner import PlanOutcome
@@ -116,6 +117,8 @@ class Investigation:
         for evidence in situation.evidence:
             self.telemetry.evidence(evidence.source, missing=evidence.missing is not None)
         failpoint("investigate_after_evidence")
+        if (kept := self.config.investigate.recordings) is not None:
+            await asyncio.to_thread(keep, kept / f"{incident.id}-{incident.reopened}-{incident.rounds}", situation)
         gathered = time.perf_counter()
         with self.telemetry.stage("diagnosis", incident.id, incident.traceparent):
             diagnosis, justification = await asyncio.to_thread(self._rank, situation)
@@ -401,3 +404,11 @@ class Investigation:
             _I.VERIFYING: Investigation._verifying,
         },
     )
+
+
+def keep(directory: Path, situation: Situation) -> None:
+    """Writes a recording of the look, unless one of that name is there: a crash repeats the look, not the file."""
+    from agent.sources.recorded import write_recording
+
+    if not (directory / "alert.json").exists():
+        write_recording(directory, situation)
