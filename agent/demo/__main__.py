@@ -58,7 +58,8 @@ async def run(args: argparse.Namespace, console: Console) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, soft_wrap=not terminal, width=None if terminal else 150)
     if missing := missing_programs():
         for sentence in missing:
             console.print(sentence, style="red", markup=False)

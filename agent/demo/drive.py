@@ -58,19 +58,23 @@ class Follower:
         self._told: dict[str, int] = {}
 
     async def until_over(self) -> None:
-        """Returns when the shop has recovered and the agent has closed its incidents, or after `HEAL_SECONDS`."""
+        """Returns when the agent has closed its incidents and the shop has recovered, or cannot any more (the agent has
+        given it to a person, and what is broken does not mend itself); or after `HEAL_SECONDS`."""
         while time.time() < self.measured.fault_at + HEAL_SECONDS:
             self._world.check()
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
                 await self._look_at_alert()
                 await self._look_at_agent()
             self._look_at_probe()
-            if self.measured.recovered_at is not None and self._agent_is_done():
+            if self._agent_is_done() and (self.measured.recovered_at is not None or self._given_up()):
                 return
             await asyncio.sleep(POLL_SECONDS)
 
     def _agent_is_done(self) -> bool:
         return bool(self.incidents) and all(i["state"] in FINAL_STATES for i in self.incidents)
+
+    def _given_up(self) -> bool:
+        return EXPECTED[self._fault].remedy and all(i["state"] == "escalated" for i in self.incidents)
 
     async def _look_at_alert(self) -> None:
         if self.measured.alert_at is None and await self._world.prometheus.alert_state() == "firing":
