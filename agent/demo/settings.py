@@ -184,9 +184,9 @@ def agent(ports: Ports, shop: Path, state: Path) -> str:
                 "url": ports.url("prometheus"),
                 "timeout_seconds": 5,
                 "step_seconds": 1,
-                "rate_seconds": 10,
+                "rate_seconds": 5,
                 "window_seconds": 90,
-                "onset_margin_seconds": 10,
+                "onset_margin_seconds": 6,
             },
             "alertmanager": {"url": ports.url("alertmanager")},
             "topology": {
@@ -226,7 +226,7 @@ def agent(ports: Ports, shop: Path, state: Path) -> str:
             },
             "merge": {"window_seconds": 5, "reopen_seconds": 0},
             "verify": {"deadline_seconds": 30, "poll_seconds": 1, "samples": 3},
-            "investigate": {"rounds": 4, "round_seconds": 2},
+            "investigate": {"rounds": 8, "round_seconds": 2},
         },
         sort_keys=False,
     )
