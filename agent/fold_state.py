@@ -152,14 +152,18 @@ class State:
     def quiet_windows(
         self, service: str, start: float, end: float, without: str = ""
     ) -> tuple[tuple[float, float], ...]:
-        """When within [start, end] an incident (other than `without`) that named `service` was open, in time order.
-        Such times are no baseline."""
+        """When within [start, end] an incident (other than `without`) that named `service` was open, or its alerts
+        still fired, in time order. Such times are no baseline."""
         found = []
         for incident in self.incidents.values():
             if incident.id == without or (service and service not in incident.services):
                 continue
             begin = min(incident.onset, incident.opened_at)
             until = incident.closed_at if incident.closed_at is not None else end
+            if incident.state is IncidentState.ESCALATED:
+                # It was closed long before its trouble was over: the alerts tell when that was.
+                ended = [alert.ends_at or alert.starts_at for alert in incident.alerts.values()]
+                until = end if incident.firing else max(until, *ended)
             if begin < end and until > start:
                 found.append((max(begin, start), min(until, end)))
         return tuple(sorted(found))

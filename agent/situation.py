@@ -60,8 +60,12 @@ class Situations:
         entry = self.entry(incident)
         topology = await self._topology(now)
         evidence = await self._gather(self.packs.queries(), entry, topology, (start, now), incident.tenant)
+        # Earlier trouble began before its alert fired, and left the rate windows after it had ended, as this one does.
+        before, after = prometheus.onset_margin_seconds, prometheus.rate_window_seconds
         windows = [
-            state.quiet_windows(service, start, onset, without=incident.id) for service in incident.services or [""]
+            (max(begin - before, start), min(end + after, onset))
+            for service in incident.services or [""]
+            for begin, end in state.quiet_windows(service, start - after, onset, without=incident.id)
         ]
         return Situation(
             alerts=tuple(incident.alerts.values()),
@@ -70,7 +74,7 @@ class Situations:
             until=now,
             evidence=evidence,
             topology=topology,
-            quiet=tuple(sorted({window for found in windows for window in found})),
+            quiet=tuple(sorted({window for window in windows if window[0] < window[1]})),
         )
 
     async def since(self, incident: Incident, names: Collection[str], start: float) -> Situation:

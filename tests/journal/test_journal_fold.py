@@ -475,6 +475,14 @@ def test_quiet_windows() -> None:
     assert fold.state.quiet_windows("front", 200.0, 1_000.0) == ()
 
 
+def test_an_escalated_incident_is_no_baseline_until_its_alert_ends() -> None:
+    fold = Fold(received(alert("f1", starts_at=90.0), at=100.0))
+    fold.walk("escalated", at=101.0)
+    assert fold.state.quiet_windows("front", 0.0, 1_000.0) == ((90.0, 1_000.0),)
+    fold.feed(received(alert("f1", "resolved", starts_at=340.0), at=401.0))
+    assert fold.state.quiet_windows("front", 0.0, 1_000.0) == ((90.0, 400.0),)
+
+
 def test_closed_incidents_are_forgotten_by_count_and_age() -> None:
     fold = Fold(start(closed=5, merge_seconds=0.0, reopen_seconds=0.0))
     for n in range(9):
