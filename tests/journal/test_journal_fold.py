@@ -480,7 +480,7 @@ def test_an_escalated_incident_is_no_baseline_until_its_alert_ends() -> None:
     fold.walk("escalated", at=101.0)
     assert fold.state.quiet_windows("front", 0.0, 1_000.0) == ((90.0, 1_000.0),)
     fold.feed(received(alert("f1", "resolved", starts_at=340.0), at=401.0))
-    assert fold.state.quiet_windows("front", 0.0, 1_000.0) == ((90.0, 400.0),)
+    assert fold.state.quiet_windows("front", 0.0, 1_000.0) == ((100.0, 400.0),)
 
 
 def test_closed_incidents_are_forgotten_by_count_and_age() -> None:
