@@ -328,15 +328,16 @@ class World:
         return time.time()
 
     async def settle(self, quiet_seconds: float, seconds: float = 60.0) -> None:
-        """Waits until the alert is gone and the shop has been fine for `quiet_seconds`. Raises WorldError."""
-        await self.until_alert("inactive", seconds)
-
-        async def quiet() -> bool:
-            self.check()
-            return self.probe.steady(quiet_seconds)
-
-        await asyncio.sleep(quiet_seconds)
-        await until(f"the shop is fine for {quiet_seconds:.0f} s", quiet, seconds)
+        """Waits until there is no alert, not even a pending one, and the shop has been fine for `quiet_seconds`, both
+        at one time: an alert that came up during the wait would be taken for the next fault's. Raises WorldError."""
+        deadline = time.monotonic() + seconds
+        while True:
+            await self.until_alert("inactive", max(0.0, deadline - time.monotonic()))
+            await asyncio.sleep(quiet_seconds)
+            if self.probe.steady(quiet_seconds) and await self.prometheus.alert_state() == "inactive":
+                return
+            if time.monotonic() > deadline:
+                raise WorldError(f"the shop is not fine for {quiet_seconds:.0f} s within {seconds:.0f} s")
 
     def agent_configuration(self) -> str:
         return settings.agent(self.ports, self.place("supervisor"), self.place("agent") / "state")

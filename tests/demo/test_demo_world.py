@@ -112,6 +112,22 @@ async def test_a_fault_degrades_the_shop_and_its_clean_up_mends_it(world: World,
     assert await world.prometheus.query(SHOWN[fault]) == {}
 
 
+@pytest.mark.parametrize("late", ["firing", "pending"])
+async def test_an_alert_during_the_quiet_time_starts_it_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """Otherwise the next fault would be credited with an alert that it did not raise."""
+    states = iter(["inactive", late, late, "inactive", "inactive"])
+
+    async def alert_state() -> str:
+        return next(states)
+
+    monkeypatch.setattr(world.prometheus, "alert_state", alert_state)
+    monkeypatch.setattr(world.probe, "steady", lambda seconds: True)
+    await world.settle(quiet_seconds=0.01)
+    assert list(states) == []
+
+
 async def alertmanager_has_it(world: World) -> bool:
     """One alert, whose labels say where it hurts and not why."""
     async with world.session.get(world.ports.url("alertmanager") + "/api/v2/alerts") as answer:
