@@ -1,7 +1,7 @@
-"""Start to ready and resident memory of the service, against a bare process that imports aiohttp and numpy and listens.
+"""Start to ready and memory of the service, against a bare process that imports aiohttp and numpy and listens.
 
-`bench(runs)` starts both in turn, each as a process of its own, and takes the time until the port answers. Memory is that
-of the service after it took a few hundred webhooks.
+`bench(runs)` starts both in turn, each as a process of its own, and takes the time until the port answers. Memory is
+that of the service after it took a few hundred webhooks.
 
     python -m bench.startup
 """

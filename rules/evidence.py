@@ -211,7 +211,9 @@ def describe_fact(fact: Fact) -> str:
     of = f" of {fact.service}" if fact.service else ""
     if fact.kind == "host.process":
         cpu = f", {_number(a.get('cpu_percent')):.0f} % of a CPU" if "cpu_percent" in a else ""
-        return f"process {a.get('pid', '?')} ({clean(str(a.get('name', '?')))}){of} is {a.get('status', 'alive')}{cpu}"
+        wait = f", waits {_number(a['cpu_wait_percent']):.0f} % for one" if "cpu_wait_percent" in a else ""
+        named = f"process {a.get('pid', '?')} ({clean(str(a.get('name', '?')))}){of}"
+        return f"{named} is {a.get('status', 'alive')}{cpu}{wait}"
     if fact.kind == "host.listener":
         return f"{fact.subject}{of} {'is listened on' if a.get('present') else 'has no listener'}"
     told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {clean(str(v))}" for k, v in sorted(a.items()))

@@ -10,7 +10,8 @@ Facts and their attributes (numbers are in base units; what may not be read is l
 | kind | subject | attributes |
 |---|---|---|
 | host.process | `pid=12,start=1700000000.12` | pid, ppid, pgid, start, name, cmdline (masked, bounded), user, status, |
-| | | cpu_percent (100 = one CPU), cpus ("0,1"), rss_bytes, threads, fds, fd_limit, self |
+| | | cpu_percent (100 = one CPU), cpu_wait_percent (of services: runnable without a CPU), cpus ("0,1"), |
+| | | rss_bytes, threads, fds, fd_limit, self |
 | host.listener | `port=9101` | present, pid, start, status, address; one per service with a `listen_port` |
 | host.cpu | `host` | percent, iowait_percent, steal_percent, count, load1 |
 | host.memory | `host` | percent, total_bytes, available_bytes, swap_total_bytes, swap_used_bytes |
@@ -45,6 +46,7 @@ LOOK_SECONDS = 0.5
 TOP = 10  # processes by CPU, and by memory
 MAX_PROCESSES = 256
 MAX_MOUNTS = 64
+MAX_THREADS = 256  # of one process, whose waiting is summed
 MAX_CPUS = 1024  # a longer list is left out: half of an affinity would be a wrong one
 CMDLINE_LIMIT = 256
 PF_KTHREAD = 0x00200000  # linux/sched.h
@@ -76,6 +78,7 @@ class _Process:
     pgid: int = 0
     rss: int = 0
     cpu_percent: float = 0.0
+    cpu_wait_percent: float | None = None  # None: not measured
     service: str = ""
 
 
@@ -83,6 +86,18 @@ class _Process:
 class _Look:
     processes: dict[int, _Process]
     cpu: Mapping[str, float]  # seconds by state, of the whole machine
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """How long the threads of a process have been runnable without a CPU, since they began."""
+
+    seconds: float
+    at: float  # monotonic
+
+    def percent_since(self, before: _Wait) -> float:
+        """Of the time in between, over all threads: 100 is one thread that never ran though it could."""
+        return round(100.0 * max(0.0, self.seconds - before.seconds) / max(self.at - before.at, 0.01), 1)
 
 
 class HostSource:
@@ -138,12 +153,22 @@ class HostSource:
 
     async def _facts(self, seconds: float) -> tuple[tuple[Fact, ...], tuple[str, ...]]:
         until = time.monotonic() + 0.8 * seconds
-        first = await asyncio.to_thread(_look, until)
+        first, waits = await asyncio.to_thread(self._first_look, until)
         await asyncio.sleep(min(self._look_seconds, seconds / 4))
-        return await asyncio.to_thread(self._second_look, first, until)
+        return await asyncio.to_thread(self._second_look, first, waits, until)
 
-    def _second_look(self, first: _Look, until: float) -> tuple[tuple[Fact, ...], tuple[str, ...]]:
+    def _first_look(self, until: float) -> tuple[_Look, dict[int, _Wait]]:
+        first = _look(until)
+        listeners, _ = _listeners(frozenset(self._ports.values()))
+        self._assign(first.processes, listeners)
+        return first, _waits([found for found in first.processes.values() if found.service])
+
+    def _second_look(
+        self, first: _Look, waits: Mapping[int, _Wait], until: float
+    ) -> tuple[tuple[Fact, ...], tuple[str, ...]]:
         second = _look(until)
+        for pid, wait in _waits([second.processes[pid] for pid in waits if pid in second.processes]).items():
+            second.processes[pid].cpu_wait_percent = wait.percent_since(waits[pid])
         for pid, found in second.processes.items():
             before = first.processes.get(pid)
             if before is not None and before.start == found.start:
@@ -218,6 +243,20 @@ def _look(until: float) -> _Look:
     return _Look(processes, cpu)
 
 
+def _waits(processes: Iterable[_Process]) -> dict[int, _Wait]:
+    """The run-queue delay of each process, by the kernel's own account (/proc/PID/task/TID/schedstat, second field:
+    nanoseconds). Where the kernel keeps none, there is none."""
+    found: dict[int, _Wait] = {}
+    for process in processes:
+        try:
+            tasks = sorted((PROC / str(process.pid) / "task").iterdir())[:MAX_THREADS]
+            delays = [int((task / "schedstat").read_text().split()[1]) for task in tasks]
+        except (OSError, IndexError, ValueError):
+            continue  # gone meanwhile, or a kernel without schedstat
+        found[process.pid] = _Wait(sum(delays) / 1e9, time.monotonic())
+    return found
+
+
 def _listeners(ports: frozenset[int]) -> tuple[dict[int, tuple[_Listener, ...]], bool]:
     """Who listens on these TCP ports, and whether some owner could not be read."""
     found: dict[int, list[_Listener]] = {}
@@ -274,6 +313,8 @@ def _process_fact(found: _Process, own: bool, users: dict[int, str]) -> Fact | N
         "cpu_percent": found.cpu_percent,
         "self": own,
     }
+    if found.cpu_wait_percent is not None:
+        attributes["cpu_wait_percent"] = found.cpu_wait_percent
     try:
         if _is_kernel_thread(found.pid) or not process.is_running():
             return None

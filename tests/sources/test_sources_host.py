@@ -119,6 +119,37 @@ async def test_a_busy_process_shows_its_cpu_and_an_affinity_its_cpus(start: Star
     assert fact.attributes["status"] == "running"
 
 
+SHARED = """
+import os, socket, threading
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen()
+if os.fork() == 0:
+    while True: pass
+print(s.getsockname()[1], flush=True)
+while True: pass
+"""
+
+
+async def test_a_service_that_shares_its_cpu_waits_for_it(start: Start) -> None:
+    """Two busy loops on one CPU: each waits about half of the time, by the kernel's account."""
+    _, (port,) = start(SHARED)
+    evidence = await look(HostSource({"shop": {"listen_port": port}}))
+    waits = [f.attributes["cpu_wait_percent"] for f in evidence.facts if f.service == "shop" and f.kind == "host.process"]
+    assert any(isinstance(wait, float) and 15 < wait < 101 for wait in waits), waits
+    others = [f for f in evidence.facts if f.kind == "host.process" and not f.service]
+    assert not [f for f in others if "cpu_wait_percent" in f.attributes]
+
+
+async def test_an_idle_service_waits_for_no_cpu(start: Start) -> None:
+    listener = "import socket, time\ns = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
+    _, (port,) = start(listener + "print(s.getsockname()[1], flush=True)\ntime.sleep(600)")
+    evidence = await look(HostSource({"shop": {"listen_port": port}}))
+    waits = [
+        f.attributes["cpu_wait_percent"] for f in evidence.facts if f.service == "shop" and f.kind == "host.process"
+    ]
+    assert waits == [0.0]
+
+
 async def test_a_stopped_process_is_told_as_stopped(start: Start) -> None:
     process, (port, _) = start(LISTENER)
     os.kill(process.pid, signal.SIGSTOP)
@@ -202,8 +233,8 @@ async def test_pressure_where_the_kernel_tells_it() -> None:
 async def test_looks_take_turns_and_a_late_one_is_missing() -> None:
     source = HostSource({}, look_seconds=5.0)
     request = EvidenceRequest((HostQuery(),), (), 0.0, 1.0)
-    (evidence,) = await source.fetch(request, 0.01)
-    assert evidence.missing == "timeout after 0.01 s"
+    (evidence,) = await source.fetch(request, 0.0)
+    assert evidence.missing == "timeout after 0 s"
     assert evidence.facts == ()
 
 
