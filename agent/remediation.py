@@ -66,6 +66,7 @@ class Remediation:
         snapshots = FaultSnapshots(config.state_dir / "snapshots", config.inventory_strings, clock)
         settings = RunnerSettings(
             protection=config.sandbox.protection,
+            user=config.sandbox.user,
             breaker=config.breaker,
             secrets=self._secrets(),
             environment=self._plan_environment,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_nothing_outlives_the_driver(programs: None, tmp_path: Path, number: sig
     record = ["--record", str(tmp_path / "recordings"), "--faults", "db_lock"]
     driver = subprocess.Popen([sys.executable, "-m", "agent.demo", *record], stdout=output, cwd=tmp_path)
     try:
-        started = when_built(driver)
+        started, directory = when_built(driver)
         driver.send_signal(number)
         assert driver.wait(40) == (-9 if number is signal.SIGKILL else 130)
     finally:
@@ -228,10 +229,12 @@ def test_nothing_outlives_the_driver(programs: None, tmp_path: Path, number: sig
         driver.wait()
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
+    assert directory.exists() == (number is signal.SIGKILL)  # the killed one could not remove its directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
-def when_built(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The driver's descendants, once the injector, which starts last, is among them."""
+def when_built(driver: subprocess.Popen[bytes]) -> tuple[list[psutil.Process], Path]:
+    """The driver's descendants, once the injector, which starts last, is among them; and its world's directory."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert driver.poll() is None
@@ -239,6 +242,6 @@ def when_built(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "agent.demo.faults" in process.cmdline():
-                    return started
+                    return started, Path(process.cwd()).parent
         time.sleep(0.1)
     pytest.fail("the world was not built within 60 s")
