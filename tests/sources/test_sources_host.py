@@ -134,7 +134,9 @@ async def test_a_service_that_shares_its_cpu_waits_for_it(start: Start) -> None:
     """Two busy loops on one CPU: each waits about half of the time, by the kernel's account."""
     _, (port,) = start(SHARED)
     evidence = await look(HostSource({"shop": {"listen_port": port}}))
-    waits = [f.attributes["cpu_wait_percent"] for f in evidence.facts if f.service == "shop" and f.kind == "host.process"]
+    waits = [
+        f.attributes["cpu_wait_percent"] for f in evidence.facts if f.service == "shop" and f.kind == "host.process"
+    ]
     assert any(isinstance(wait, float) and 15 < wait < 101 for wait in waits), waits
     others = [f for f in evidence.facts if f.kind == "host.process" and not f.service]
     assert not [f for f in others if "cpu_wait_percent" in f.attributes]
