@@ -13,7 +13,7 @@ import json
 import sys
 from typing import Any
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed
 from actions.builtin.http_json import HttpError, below, call
 
 ON, OFF = ("on", "true"), ("off", "false")
@@ -106,4 +106,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = crashed
     sys.exit(main())

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed
 
 MAX_DEPTH = 8
 MAX_SEEN = 100_000
@@ -317,4 +317,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = crashed
     sys.exit(main())

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed
 
 CONNECT_SECONDS = "5"
 PSQL_SECONDS = 12.0
@@ -121,4 +121,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = crashed
     sys.exit(main())

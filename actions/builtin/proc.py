@@ -16,6 +16,8 @@ PROC = Path("/proc")
 KERNEL_THREAD = 0x00200000  # PF_KTHREAD
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 TCP_LISTEN = "0A"
+NAME_CHARACTERS = 15  # TASK_COMM_LEN without its NUL
+MAX_ARGUMENT_BYTES = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,21 @@ def command_line(pid: int, limit: int = 200) -> str:
         return ""
     text = raw.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
     return "".join(c if c.isprintable() else "?" for c in text)[:limit]
+
+
+def names(process: Process) -> set[str]:
+    """What the process may be called: the kernel keeps 15 characters, the rest is in the arguments (of the program, or
+    of the script that an interpreter runs)."""
+    found = {process.name}
+    if len(process.name) >= NAME_CHARACTERS:
+        try:
+            with (PROC / str(process.pid) / "cmdline").open("rb") as file:
+                arguments = file.read(MAX_ARGUMENT_BYTES).decode(errors="replace").split("\0")[:3]
+        except OSError:
+            return found
+        longer = (argument.rpartition("/")[2] for argument in arguments)
+        found |= {name for name in longer if name.startswith(process.name)}
+    return found
 
 
 def listening(ports: set[int]) -> dict[str, int]:

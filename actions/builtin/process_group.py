@@ -66,9 +66,9 @@ class Protection:
             return "is a kernel thread"
         if process.group in self.groups:
             return "is in our own process group or that of an ancestor"
-        for name in self.names:
-            if fnmatchcase(process.name, name):
-                return f"is called {process.name}, which is protected"
+        for called in proc.names(process):
+            if any(fnmatchcase(called, name) for name in self.names):
+                return f"is called {called}, which is protected"
         if owner := self._protected_user(process.user):
             return f"belongs to the protected user {owner}"
         return self._relations(process) or self._unit(process) or self._service(process)
@@ -78,7 +78,7 @@ class Protection:
             name = pwd.getpwuid(uid).pw_name
         except KeyError:
             name = str(uid)
-        return name if name in self.users or str(uid) in self.users else ""
+        return name if any(fnmatchcase(name, u) or fnmatchcase(str(uid), u) for u in self.users) else ""
 
     def _relations(self, process: Process) -> str:
         above = list(proc.ancestors(process, self.everyone))

@@ -50,6 +50,21 @@ APPROVAL = ["operations_after_approval"]
 TINY = ["wal_segment_created", "wal_snapshot_written", "wal_snapshot_renamed", "wal_pruned"]
 CASES = [(name, "usual") for name in USUAL] + [(n, "undo") for n in UNDO] + [(n, "approval") for n in APPROVAL]
 CASES += [(name, "tiny") for name in TINY]
+# Where a crash can cost most: these run in every test run, the others with the full volume.
+ALWAYS = {
+    "intake_before_record",
+    "intake_before_response",
+    "wal_after_write",
+    "wal_before_ack",
+    "investigate_before_diagnosed",
+    "runner_after_intent",
+    "runner_after_run",
+    "runner_after_result",
+    "sandbox_after_spawn",
+    "runner_after_undo_intent",
+    "operations_after_approval",
+    "wal_snapshot_renamed",
+}
 # The journal's failpoints are passed by every record: the third passage is the record that a webhook makes.
 PASSAGE = {"wal_before_write": 3, "wal_after_write": 3, "wal_before_sync": 3, "wal_after_sync": 3, "wal_before_ack": 3}
 PASSAGE |= {"store_before_apply": 3, "wal_segment_created": 2, "wal_pruned": 1}
@@ -90,10 +105,14 @@ def test_every_failpoint_of_the_code_has_a_case() -> None:
         for name in re.findall(r'failpoint\("([a-z_]+)"\)', path.read_text())
     }
     assert found == {name for name, _ in CASES}
+    assert found >= ALWAYS
     assert len(found) >= 20
 
 
-@pytest.mark.parametrize(("name", "scenario"), CASES)
+@pytest.mark.parametrize(
+    ("name", "scenario"),
+    [pytest.param(*case, marks=() if case[0] in ALWAYS else pytest.mark.full) for case in CASES],
+)
 def test_killed_at(name: str, scenario: str, services: Services, prometheus: str, tmp_path: Path) -> None:
     service = service_of(name, scenario)
     agent = Agent(

@@ -332,11 +332,16 @@ investigate: {{rounds: 3, round_seconds: 1}}
         )
 
     def incidents(self) -> list[dict[str, Any]]:
-        """What the command line says, with the service running or stopped."""
+        """What the API says of a running service; of a stopped one, what the command line reads from its journal."""
+        if not self.dead:
+            status, answer = self.request("GET", "/api/v1/incidents?limit=1000")
+            if status == 200:
+                running: list[dict[str, Any]] = answer["incidents"]
+                return running
         done = self.command("incidents", "--json")
         assert done.returncode == 0, done.stderr
-        found: list[dict[str, Any]] = json.loads(done.stdout)["incidents"]
-        return found
+        stopped: list[dict[str, Any]] = json.loads(done.stdout)["incidents"]
+        return stopped
 
     def lines(self, name: str) -> list[str]:
         path = self.directory / name
