@@ -217,7 +217,7 @@ class App:
             tls=_listen_tls(self.config),
         )
         for incident in self.store.state.active():
-            self.schedule.offer(incident.tenant, incident.id)
+            self._offer(incident.id)
         workers = self.config.investigate.concurrency
         self._tasks = [asyncio.create_task(self._work(), name=f"investigate {n}") for n in range(workers)]
         if self.config.alertmanager.url and self.config.alertmanager.reconcile:
@@ -263,14 +263,13 @@ class App:
             self._offer(id)
 
     def _offer(self, id: str) -> None:
+        if (timer := self._timers.pop(id, None)) is not None:
+            timer.cancel()
         incident = self.store.state.incident(id)
         if incident is None or incident.final or self._draining:
             return
-        if (timer := self._timers.pop(id, None)) is not None:
-            timer.cancel()
-        if not self.schedule.offer(incident.tenant, id) and incident.state is not IncidentState.OPEN:
-            # Only what is open is fetched from the journal when the queue has room; the others come back by time.
-            self.wake(id, time.time() + RETRY_SECONDS)
+        # Only what is open is fetched from the journal when the queue has room; the others must not wait for that.
+        self.schedule.offer(incident.tenant, id, begun=incident.state is not IncidentState.OPEN)
 
     def wake(self, id: str, at: float) -> None:
         """Look at the incident at that time (unix seconds), or earlier when something changes it."""

@@ -1,8 +1,10 @@
 """Which incident is investigated next: fair between tenants, bounded per tenant.
 
-Used by `agent.app` alone. At most `limit` incidents of a tenant wait here; what is offered beyond that is not queued
-but remembered as overflow, stays in the journal's fold, and is fetched from there (oldest first, through `refill`) as
-soon as the tenant's queue has room again: nothing is dropped. Tenants take turns, so one tenant's flood delays another
+Used by `agent.app` alone. At most `limit` incidents of a tenant await diagnosis here; what is offered beyond that is
+not queued but remembered as overflow, stays in the journal's fold, and is fetched from there (oldest first, through
+`refill`) as soon as the tenant's queue has room again: nothing is dropped. An incident that was begun already (a person
+decided, a time came, an alert resolved) is always queued, once: `refill` would not find it, and a flood of new ones must
+not hold it up. Tenants take turns, so one tenant's flood delays another
 by at most one investigation per slot. Never decides what an investigation does, and never runs one.
 """
 
@@ -29,15 +31,16 @@ class Schedule:
         self._ready = asyncio.Event()
         self.watermark = 0  # the longest that one tenant's queue has been
 
-    def offer(self, tenant: str, incident: str) -> bool:
-        """Ask for `incident` to be looked at. False: the tenant's queue is full and it waits in the journal."""
+    def offer(self, tenant: str, incident: str, *, begun: bool = False) -> bool:
+        """Ask for `incident` to be looked at. False: the tenant's queue is full and it waits in the journal, which
+        happens only to one that was not begun."""
         if incident in self._queued:
             return True
         if incident in self._running:
             self._again[incident] = tenant
             return True
         queue = self._queues.setdefault(tenant, deque())
-        if len(queue) >= self._limit:
+        if len(queue) >= self._limit and not begun:
             self._overflowed.add(tenant)
             return False
         queue.append(incident)
@@ -66,7 +69,7 @@ class Schedule:
         self._running.discard(incident)
         tenant = self._again.pop(incident, None)
         if tenant is not None:
-            self.offer(tenant, incident)
+            self.offer(tenant, incident, begun=True)
 
     def _fill(self, tenant: str) -> None:
         queue = self._queues[tenant]
