@@ -27,6 +27,7 @@ from actions.runner import PlanOutcome
 from agent import log
 from agent.config import Config
 from agent.fold_model import FINAL, Incident, IncidentState
+from agent.fold_story import plain
 from agent.journal.records import Diagnosed, IncidentMoved, Noted, PlanDeclined, PlanMade, Record
 from agent.journal.wal import JournalError
 from agent.remediation import Remediation
@@ -55,6 +56,8 @@ _WAY_OUT: dict[IncidentState, tuple[IncidentState, ...]] = {
     _I.VERIFYING: (_I.ESCALATED,),
 }
 RETRY_SECONDS = 5.0  # after the journal was unavailable
+MAX_INTERRUPTIONS = 5  # of a plan, one after the other, until a person gets it
+STALE_LOOKS = 2  # beyond the rounds, where evidence grew old before a plan was made (a restart)
 WEAK = frozenset({Refusal.LOW_POSTERIOR, Refusal.LOW_MARGIN})
 
 
@@ -73,6 +76,7 @@ class Investigation:
     clock: Callable[[], float] = time.time
     acting: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _cancel: dict[str, asyncio.Event] = field(default_factory=dict)
+    _interruptions: dict[str, int] = field(default_factory=dict)
 
     async def advance(self, id: str) -> float | None:
         """Do what can be done for the incident now. Answers when to look again (unix seconds), None: when it changes.
@@ -85,8 +89,7 @@ class Investigation:
             except JournalError:
                 raise
             except Exception as error:  # noqa: BLE001 - one of the two places: an incident is never lost to a bug
-                await self._broken(id, error)
-                return None
+                return await self._broken(id, error)
 
     async def _advance(self, id: str) -> float | None:
         while True:
@@ -96,6 +99,8 @@ class Investigation:
             if not incident.firing and incident.state in CLAIMABLE:
                 await self._move(incident, _I.VERIFYING, "Alertmanager says resolved; the series will tell")
                 continue
+            if incident.state is _I.VERIFYING and id in self.acting:
+                return None  # the task that acted is about to close it, and wakes it if it cannot
             before = incident.updated_seq
             wake = await self._steps[incident.state](self, incident)
             after = self.store.state.incident(id)
@@ -157,7 +162,9 @@ class Investigation:
         with self.telemetry.stage("plan", incident.id, incident.traceparent):
             plan = await self.remediation.consider(incident)
         if isinstance(plan, Declined):
-            if plan.reason is Refusal.STALE_EVIDENCE:
+            # Bounded: where gathering takes longer than evidence may be old, every look would end here.
+            looks = self.config.investigate.rounds + STALE_LOOKS
+            if plan.reason is Refusal.STALE_EVIDENCE and incident.rounds < looks:
                 return await self._again(incident, due, "the evidence had grown old")
             await self._decline(incident, plan)
             return None
@@ -225,21 +232,28 @@ class Investigation:
         return None
 
     async def _verifying(self, incident: Incident) -> float | None:
-        """One look at the series. They decide; a claim without any series to look at is believed, and said to be."""
-        claimed = max((a.ends_at or a.starts_at for a in incident.alerts.values()), default=incident.updated_at)
-        if incident.justification is None:
+        """One look at the series. They decide; a claim without any series to look at is believed, and said to be. A
+        firing alert that comes during the look reopens what the look closes (`seen`)."""
+        seen = self.store.state.seq
+        blind = incident.justification is None or not incident.justification.series
+        if incident.firing and (blind or (incident.has_news and incident.plan_state != "done")):
+            await self._move(incident, _I.INVESTIGATING, "it fires again")
+            return None
+        ended = max((a.ends_at or a.starts_at for a in incident.alerts.values()), default=incident.updated_at)
+        claimed = min(ended, incident.updated_at)  # a sender's clock may be ahead: its future has no samples
+        if blind:
             situation = await self.situations.of(incident, self.store.state)
             justification = await asyncio.to_thread(symptoms_of, situation, self.packs)
             if not justification.series:
-                seen = any(evidence.frame.ids for evidence in situation.evidence)
-                what = "and no series of the symptom is bad" if seen else "and there are no series to look at"
-                await self._move(incident, _I.RESOLVED, f"Alertmanager says resolved, {what}")
+                looked = any(evidence.frame.ids for evidence in situation.evidence)
+                what = "and no series of the symptom is bad" if looked else "and there are no series to look at"
+                await self._move(incident, _I.RESOLVED, f"Alertmanager says resolved, {what}", seen=seen)
                 return None
             verdict = await self.verifier.judged(incident, justification, claimed)
         else:
             verdict = await self.verifier.look(incident, claimed)
         if verdict.recovered:
-            await self._move(incident, _I.RESOLVED, verdict.text)
+            await self._move(incident, _I.RESOLVED, verdict.text, seen=seen)
             return None
         now = self.clock()
         due = incident.moved_at + self.config.verify.deadline_seconds
@@ -251,7 +265,7 @@ class Investigation:
         if incident.rounds < self.config.investigate.rounds:
             await self._move(incident, _I.INVESTIGATING, f"said to be resolved, but {verdict.text}")
             return None
-        await self._move(incident, _I.ESCALATED, f"not verified: {verdict.text}")
+        await self._move(incident, _I.ESCALATED, f"not verified: {verdict.text}", seen=seen)
         return None
 
     # -- what the states share ---------------------------------------------------------------------------------------
@@ -290,7 +304,9 @@ class Investigation:
         after: IncidentState,
         reason: str,
         refusal: Refusal | None = None,
+        *,
         at: float | None = None,
+        seen: int = 0,
     ) -> IncidentMoved:
         return IncidentMoved(
             at=self.clock() if at is None else at,
@@ -299,12 +315,14 @@ class Investigation:
             after=after,
             reason=reason,
             refusal=refusal,
+            seen=seen,
         )
 
     async def _move(
-        self, incident: Incident, after: IncidentState, reason: str, refusal: Refusal | None = None
+        self, incident: Incident, after: IncidentState, reason: str, refusal: Refusal | None = None, *, seen: int = 0
     ) -> None:
-        await self._record(self._moved(incident, after, reason, refusal))
+        """`seen`: newest record that the decision knew of, where it took a while; 0: it is made on the state now."""
+        await self._record(self._moved(incident, after, reason, refusal, seen=seen))
         if after in FINAL:
             self._ended(incident.id, after)
 
@@ -337,59 +355,91 @@ class Investigation:
             await self._act_named(id, incident, cancel)
 
     async def _act_named(self, id: str, incident: Incident, cancel: asyncio.Event) -> None:
+        again: float | None = None
         try:
-            self.telemetry.healing_started()
-            outcome = await self.remediation.run(incident, cancel)
-            await self._acted(id, outcome)
+            try:
+                again = await self._acted(id, await self.remediation.run(incident, cancel))
+            except JournalError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the same place, in the task that acts
+                again = await self._broken(id, error)
         except JournalError as error:
             # What was not recorded did not happen, as far as the state goes: the next look recovers from the last move.
             logger.error("incident %s: %s", id, error)
-            self.wake(id, self.clock() + RETRY_SECONDS)
-        except Exception as error:  # noqa: BLE001 - the same place, in the task that acts
-            await self._broken(id, error)
+            again = self.clock() + RETRY_SECONDS
         finally:
             self.acting.pop(id, None)
             self._cancel.pop(id, None)
+        # What came in meanwhile found it acting, and went away again.
+        self.wake(id, self.clock() if again is None else again)
 
-    async def _acted(self, id: str, outcome: PlanOutcome) -> None:
+    async def _acted(self, id: str, outcome: PlanOutcome) -> float | None:
         incident = self.store.state.incident(id)
         if incident is None or incident.state is not _I.ACTING:
-            return
+            return None
         if outcome.result == "interrupted":
-            # The journal did not take a move: the next look recovers from the last one that it did take.
-            logger.error("%s", outcome.reason)
-            self.wake(id, self.clock() + RETRY_SECONDS)
-            return
+            return await self._interrupted(incident, outcome.reason)
+        self._interruptions.pop(id, None)
         if outcome.result in {"cancelled", "denied", "expired"}:
             refusal = outcome.refusal or Refusal.RESOLVED_BEFORE_START
             await self._decline(incident, Declined(reason=refusal, detail=outcome.reason))
-            return
+            return None
         recovered = outcome.result == "verified"
-        self.telemetry.healing_ended(recovered=recovered)
-        if not recovered:
+        if recovered:
+            await self._move(incident, _I.VERIFYING, "the steps ran, and the series are good again")
+            self.telemetry.hypothesis_successful()
+        else:
             await self._move(incident, _I.ESCALATED, outcome.reason, outcome.refusal)
-            return
-        self.telemetry.hypothesis_successful()
-        await self._move(incident, _I.VERIFYING, "the steps ran, and the series are good again")
-        failpoint("investigate_after_verifying")
-        if (verifying := self.store.state.incident(id)) is not None:
-            await self._move(verifying, _I.RESOLVED, outcome.reason)
+        # Counted once the journal has it, since what it did not take is done again.
+        self.telemetry.healing_started()
+        self.telemetry.healing_ended(recovered=recovered)
+        if recovered:
+            failpoint("investigate_after_verifying")
+            if (verifying := self.store.state.incident(id)) is not None:
+                await self._move(verifying, _I.RESOLVED, outcome.reason)
+        return None
 
-    async def _broken(self, id: str, error: Exception) -> None:
-        """Our own failure is an incident's end like any other: told, and a person gets it."""
-        logger.exception("incident %s: the investigation failed", id)
+    async def _interrupted(self, incident: Incident, reason: str) -> float | None:
+        """The journal did not take a move, or contradicts itself: the next look recovers from the last move that it did
+        take. A plan that comes to no end in this way while the journal takes other records is a person's."""
+        logger.error("incident %s: %s", incident.id, reason)
+        count = self._interruptions[incident.id] = self._interruptions.get(incident.id, 0) + 1
+        if count < MAX_INTERRUPTIONS:
+            return self.clock() + RETRY_SECONDS
+        if incident.unsettled:  # an effect may be under way: it stays with us, and is told once
+            if count == MAX_INTERRUPTIONS:
+                text = f"the plan cannot go on: {reason}"[:500]
+                await self._record(Noted(at=self.clock(), incident=incident.id, text=text))
+            return self.clock() + RETRY_SECONDS
+        await self._move(incident, _I.ESCALATED, f"the plan cannot go on: {reason}"[:500])
+        self._interruptions.pop(incident.id, None)
+        return None
+
+    async def _broken(self, id: str, error: Exception) -> float | None:
+        """Our own failure is an incident's end like any other: told, and a person gets it. Answers when to look again.
+        Raises only what the journal raises: whoever calls it must go on with other incidents."""
+        logger.error("incident %s: the investigation failed", id, exc_info=error)
+        try:
+            return await self._given_up(id, f"the investigation failed: {type(error).__name__}: {error}"[:500])
+        except JournalError:
+            raise
+        except Exception:  # the state moved on meanwhile, or cannot: the next look sees which
+            logger.exception("incident %s: it cannot be given to a person now", id)
+            return self.clock() + RETRY_SECONDS
+
+    async def _given_up(self, id: str, reason: str) -> float | None:
         incident = self.store.state.incident(id)
         if incident is None or incident.final:
-            return
-        reason = f"the investigation failed: {type(error).__name__}: {error}"[:500]
+            return None
         if incident.unsettled:
-            await self._record(Noted(at=self.clock(), incident=id, text=reason))
-            self.wake(id, self.clock() + RETRY_SECONDS)
-            return
+            if not any(plain(reason, 600) == line.text for line in incident.story):  # once, not with every attempt
+                await self._record(Noted(at=self.clock(), incident=id, text=reason))
+            return self.clock() + RETRY_SECONDS
         for state in _WAY_OUT[incident.state]:
             current = self.store.state.incident(id)
             if current is not None and not current.final:
                 await self._move(current, state, reason)
+        return None
 
     _steps: dict[IncidentState, Callable[[Investigation, Incident], Awaitable[float | None]]] = field(
         init=False,

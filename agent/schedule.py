@@ -2,10 +2,10 @@
 
 Used by `agent.app` alone. At most `limit` incidents of a tenant await diagnosis here; what is offered beyond that is
 not queued but remembered as overflow, stays in the journal's fold, and is fetched from there (oldest first, through
-`refill`) as soon as the tenant's queue has room again: nothing is dropped. An incident that was begun already (a person
-decided, a time came, an alert resolved) is always queued, once: `refill` would not find it, and a flood of new ones must
-not hold it up. Tenants take turns, so one tenant's flood delays another
-by at most one investigation per slot. Never decides what an investigation does, and never runs one.
+`refill`) as soon as the tenant's queue has room again: nothing is dropped. An incident that was begun already (a
+person decided, a time came, an alert resolved) is always queued, once: `refill` would not find it, and a flood of new
+ones must not hold it up. Tenants take turns, so one tenant's flood delays another by at most one investigation per
+slot. Never decides what an investigation does, and never runs one.
 """
 
 from __future__ import annotations

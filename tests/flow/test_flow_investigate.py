@@ -1,0 +1,208 @@
+"""An incident is neither lost, nor closed over a firing alert, nor worked on for ever, whatever comes in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from flow_world import JUSTIFIED, NOW, World, open_world
+
+from actions.model import Declined, Refusal, StepMoved, StepState
+from agent.fold_model import IncidentState
+from agent.journal.records import Diagnosed, IncidentMoved, StepRecorded
+from agent.journal.wal import JournalUnavailable
+from rules.model import Diagnosis, Hypothesis
+from rules.verify import Verdict
+
+_I = IncidentState
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = await open_world(tmp_path)
+    yield made
+    await made.store.close()
+
+
+async def acted(world: World, id: str) -> None:
+    """One run of the incident's plan, to its end."""
+    await world.investigation.advance(id)
+    await asyncio.wait_for(asyncio.gather(*world.investigation.acting.values()), 5)
+
+
+async def diagnosed(world: World, id: str, justification: object = JUSTIFIED) -> None:
+    diagnosis = Diagnosis(verdict="insufficient_evidence")
+    await world.store.record(
+        Diagnosed(at=world.now, incident=id, diagnosis=diagnosis, evidence_at=world.now, justification=justification)  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("blind", [True, False])
+async def test_an_alert_that_fires_during_the_look_is_not_closed_over(world: World, blind: bool) -> None:
+    id = await world.alert()
+    if not blind:
+        await diagnosed(world, id)
+    await world.alert("resolved")
+    await world.moved(id, "verifying")
+
+    async def fires() -> None:
+        await world.alert("firing")
+        world.situations.during = world.verifier.during = nothing
+
+    async def nothing() -> None:
+        pass
+
+    world.situations.during = world.verifier.during = fires
+    incident = world.incident(id)
+    await world.investigation._verifying(incident)
+    assert world.incident(id).state is _I.OPEN
+    assert world.incident(id).reopened == 1
+
+
+@pytest.mark.parametrize("justification", [None, JUSTIFIED])
+async def test_what_fires_again_is_investigated_again(world: World, justification: object) -> None:
+    id = await world.alert()
+    await diagnosed(world, id, justification)
+    await world.alert("resolved")
+    await world.moved(id, "verifying")
+    await world.alert("firing")
+    await world.investigation._verifying(world.incident(id))
+    assert world.incident(id).state is _I.INVESTIGATING
+
+
+async def test_a_claim_is_believed_where_diagnosis_had_no_series_either(world: World) -> None:
+    id = await world.alert()
+    await world.investigation.advance(id)  # nothing to be had: insufficient evidence, no series
+    assert world.incident(id).state is _I.DIAGNOSED
+    await world.alert("resolved", ends_at=NOW)
+    await world.investigation.advance(id)
+    assert world.incident(id).state is _I.RESOLVED
+    assert "no series to look at" in world.incident(id).reason
+
+
+async def test_a_claim_from_the_future_is_judged_by_what_there_is(world: World) -> None:
+    id = await world.alert()
+    await diagnosed(world, id)
+    await world.alert("resolved", ends_at=NOW + 3600)
+    await world.investigation.advance(id)
+    assert world.incident(id).state is _I.RESOLVED
+    assert world.verifier.since == [NOW]
+
+
+async def test_a_failure_that_cannot_be_told_raises_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot of the schedule that got an exception would be gone for good."""
+    id = await world.alert()
+
+    async def broken() -> None:
+        raise RuntimeError("a bug")
+
+    async def refuses(*records: object) -> None:
+        if isinstance(records[0], IncidentMoved) and records[0].after == "escalated":
+            raise LookupError("the state moved on")
+        await record(*records)  # type: ignore[arg-type]
+
+    record = world.store.record
+    world.situations.during = broken
+    monkeypatch.setattr(world.store, "record", refuses)
+    assert await world.investigation.advance(id) == NOW + 5
+    monkeypatch.undo()
+    assert await world.investigation.advance(id) is None
+    assert world.incident(id).state is _I.ESCALATED
+    assert "RuntimeError: a bug" in world.incident(id).reason
+
+
+async def test_acting_that_fails_without_a_journal_is_looked_at_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = await world.acting()
+    world.remediation.outcome = RuntimeError("a bug")
+
+    async def full(*records: object) -> None:
+        raise JournalUnavailable("no space left")
+
+    monkeypatch.setattr(world.store, "record", full)
+    await acted(world, id)
+    assert world.wakes == [(id, NOW + 5)]
+    assert world.investigation.acting == {}
+    monkeypatch.undo()
+    await acted(world, id)
+    assert world.incident(id).state is _I.ESCALATED
+
+
+async def test_a_plan_without_an_end_goes_to_a_person(world: World) -> None:
+    id = await world.acting()
+    world.remediation.outcome = world.outcome(id, "interrupted", "planned")
+    for _ in range(4):
+        await acted(world, id)
+        assert world.incident(id).state is _I.ACTING
+        assert world.wakes[-1] == (id, NOW + 5)
+    await acted(world, id)
+    assert world.incident(id).state is _I.ESCALATED
+
+
+async def test_a_plan_whose_step_may_run_is_kept_and_told_once(world: World) -> None:
+    id = await world.acting()
+    move = StepMoved(
+        incident=id, plan=f"plan-{id}", step=0, before=StepState.PLANNED, after=StepState.INTENT, at=NOW, leaf="l"
+    )
+    await world.store.record(StepRecorded(move=move))
+    world.remediation.outcome = world.outcome(id, "interrupted", "intent")
+    for _ in range(8):
+        await acted(world, id)
+    assert world.incident(id).state is _I.ACTING
+    assert sum("cannot go on" in line.text for line in world.incident(id).story) == 1
+    world.remediation.outcome = RuntimeError("a bug")
+    for _ in range(3):
+        await acted(world, id)
+    assert sum("a bug" in line.text for line in world.incident(id).story) == 1
+
+
+async def test_nobody_looks_while_the_task_that_acted_closes_it(world: World) -> None:
+    id = await world.acting()
+    world.remediation.outcome = world.outcome(id, "verified", "verified")
+    seen: list[float | None] = []
+
+    def on_record(stored: object, changes: object) -> None:
+        if world.incident(id).state is _I.VERIFYING:
+            looks.append(asyncio.ensure_future(world.investigation.advance(id)))
+
+    looks: list[asyncio.Future[float | None]] = []
+    world.store.subscribe(on_record)
+    world.verifier.verdict = Verdict(recovered=False, text="not yet")
+    await acted(world, id)
+    seen = await asyncio.gather(*looks)
+    assert seen == [None]
+    assert world.verifier.since == []
+    assert world.incident(id).state is _I.RESOLVED
+
+
+async def test_healing_is_counted_once_however_often_it_is_tried(world: World) -> None:
+    id = await world.acting()
+    world.remediation.outcome = world.outcome(id, "interrupted", "planned")
+    await acted(world, id)
+    world.remediation.outcome = world.outcome(id, "verified", "verified")
+    await acted(world, id)
+    other = await world.acting("Other") if world.incident(id).final else ""
+    world.remediation.outcome = world.outcome(other, "cancelled", "cancelled")
+    await acted(world, other)
+    text = world.telemetry.render()[0].decode()
+    assert 'alertmedic_healings_total{result="started"} 1.0' in text
+    assert "alertmedic_healing_success_ratio 1.0" in text
+
+
+async def test_evidence_that_is_always_too_old_ends_in_a_persons_hands(world: World) -> None:
+    id = await world.alert()
+    await world.moved(id, "investigating", "diagnosed")
+    best = Hypothesis(cause="c", service="front", fault="f", title="c", posterior=1.0, confidence=1.0)
+    world.remediation.plan = Declined(reason=Refusal.STALE_EVIDENCE, detail="old")
+    for _ in range(20):
+        diagnosis = Diagnosis(verdict="ranked", hypotheses=(best,))
+        await world.store.record(Diagnosed(at=NOW, incident=id, diagnosis=diagnosis, evidence_at=NOW - 600))
+        await world.investigation._diagnosed(world.incident(id))
+        if world.incident(id).state is _I.DECLINED:
+            break
+        await world.moved(id, "diagnosed")
+    assert world.incident(id).state is _I.DECLINED
+    assert world.incident(id).rounds <= world.config.investigate.rounds + 2
