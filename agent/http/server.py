@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import ssl
 import stat
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 from aiohttp import HttpVersion11, web
@@ -36,6 +37,8 @@ from sandbox.failpoint import failpoint
 
 MIB: Final = 1024 * 1024
 EXPECTED: Final = (PayloadError, AccessError, OverloadedError, JournalError, RequestError)
+BACKLOG: Final = 128  # accepted at one time, at most
+MAX_CONNECTIONS: Final = 4096
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 Health = Callable[[], Mapping[str, object]]
@@ -209,13 +212,16 @@ async def serve(
     socket_path: Path | None = None,
     tls: ssl.SSLContext | None = None,
     shutdown_seconds: float = 10.0,
+    max_connections: int = 0,
 ) -> Serving:
-    """Listens on `host`:`port` (0: any free one) and, without TLS, on the Unix socket `socket_path` (mode 0600).
+    """Listens on `host`:`port` (0: any free one) and, without TLS, on the Unix socket `socket_path` (mode 0600). At
+    most `max_connections` over TCP (0: what the limit of open files allows): one more closes the oldest.
 
     Raises OSError when an address cannot be bound; then nothing listens.
     """
-    server = web.Server(
+    server = _Server(
         app,
+        max_connections or _affordable_connections(),
         access_log=None,
         auto_decompress=False,  # aiohttp would unpack without a bound on the result
         keepalive_timeout=330.0,  # Go clients drop an idle connection after five minutes; ends a head that never comes
@@ -224,7 +230,7 @@ async def serve(
     runner = web.ServerRunner(server, shutdown_timeout=shutdown_seconds)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, ssl_context=tls, backlog=1024).start()
+        await web.TCPSite(runner, host, port, ssl_context=tls, backlog=BACKLOG).start()
         addresses = [(str(a[0]), int(a[1])) for a in runner.addresses]
         if socket_path is not None:
             await web.SockSite(runner, _unix_socket(socket_path)).start()
@@ -232,6 +238,41 @@ async def serve(
         await runner.cleanup()
         raise
     return Serving(runner, app.webhook, addresses, socket_path)
+
+
+class _Server(web.Server):
+    """Bounds connections over TCP: idle ones, or heads that never end, must not use up the descriptors that the
+    journal, the sandbox and the operator's Unix socket need. What is closed is the oldest; a request under way is
+    answered first, and Alertmanager connects anew."""
+
+    def __init__(self, handler: App, max_connections: int, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self._most = max_connections
+        self._over_tcp: dict[Any, None] = {}  # oldest first
+
+    def connection_made(self, handler: Any, transport: Any) -> None:
+        super().connection_made(handler, transport)
+        if not isinstance(transport.get_extra_info("peername"), tuple):
+            return
+        self._over_tcp[handler] = None
+        if len(self._over_tcp) > self._most:
+            oldest = next(iter(self._over_tcp))
+            del self._over_tcp[oldest]
+            # aiohttp's close() waits for an answer and leaves an idle connection open, force_close() waits for nothing.
+            if getattr(oldest, "_request_in_progress", False):
+                oldest.close()
+            else:
+                oldest.force_close()
+
+    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        self._over_tcp.pop(handler, None)
+        super().connection_lost(handler, exc)
+
+
+def _affordable_connections() -> int:
+    """Half of the descriptors that are left beside a burst of accepts and what the service itself needs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, max(32, (soft - BACKLOG) // 2))
 
 
 def _unix_socket(path: Path) -> socket.socket:

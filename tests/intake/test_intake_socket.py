@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import stat
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -111,3 +113,38 @@ async def test_the_real_store_serves_the_api(start: Any, open_store: Callable[[]
     await port.post(payload_bodies()["ten_alerts"])
     _, answer = await port.get("/api/v1/incidents")
     assert [len(i["alerts"]) for i in answer["incidents"]] == [10]
+
+
+async def test_connections_are_bounded_and_the_oldest_gives_way(held: HeldStore, tmp_path: Path) -> None:
+    """Heads that never end must not keep out Alertmanager, nor the operator on the Unix socket."""
+    app = build_app(
+        Intake(cast(Store, held)),
+        cast(Store, held),
+        Decisions(),
+        health=lambda: {"ready": True},
+        metrics=lambda: (b"", "text/plain"),
+    )
+    serving = await serve(app, "127.0.0.1", 0, socket_path=tmp_path / "s.sock", max_connections=8)
+    host, port = serving.addresses[0]
+    try:
+        streams = []
+        for _ in range(24):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(b"POST /webhook HTTP/1.1\r\nHost: x\r\n")
+            streams.append((reader, writer))
+        async with asyncio.timeout(20):
+            for reader, _ in streams[:16]:
+                with suppress(ConnectionError):
+                    assert await reader.read() == b""
+        async with aiohttp.ClientSession() as session:
+            for _ in range(2):
+                async with session.post(f"http://{host}:{port}/webhook", data=body(), headers=JSON) as answer:
+                    assert answer.status == 200
+        local = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(tmp_path / "s.sock")))
+        async with local, local.get("http://localhost/api/v1/incidents") as answer:
+            assert answer.status == 200
+        assert not streams[-1][0].at_eof()  # the youngest is still there
+        for _, writer in streams:
+            writer.close()
+    finally:
+        await serving.close()
