@@ -24,6 +24,7 @@ RECORD_MAGIC = b"\xa7rec"
 NO_CHAIN = bytes(16)
 SECTOR = 512
 MAX_BODY = 64 << 20
+MAX_KIND = 0xFFFF  # bytes of a kind's name: the width of its length
 
 _SEGMENT = struct.Struct("<8sQd16sI")  # magic, first seq, created, chain before it, CRC of those
 _MIDDLE = struct.Struct("<IIQdIHH")  # body length, CRC of kind and body, seq, time, place, version, kind length
@@ -176,7 +177,7 @@ class SegmentReader:
                     return
                 data = head
                 if len(head) == RECORD_HEADER:
-                    data += file.read(min(sum(_lengths(head)), MAX_BODY))
+                    data += file.read(min(sum(_lengths(head)), MAX_BODY + MAX_KIND))
                 found, reason = parse(data)
                 if found is None:
                     return self._stop(reason)

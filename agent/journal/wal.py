@@ -370,8 +370,12 @@ class Wal:
     def _rotate(self, first_seq: int, chain: bytes) -> None:
         """A new segment, durable under its name before the first record goes into it."""
         path = create_segment(self._files, self.directory, first_seq, chain)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:  # out of descriptors: the old segment stays open, the next append tries anew
+            raise JournalUnavailable(f"open {path}: {error.strerror}; {hint_for(error)}") from error
         os.close(self._fd)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        self._fd = fd
         self._offset = SEGMENT_HEADER
         with self._segments_lock:
             self._segments.append(SegmentFile(path, first_seq, first_seq - 1, SEGMENT_HEADER, chain))

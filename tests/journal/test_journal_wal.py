@@ -574,3 +574,36 @@ def test_any_history_of_appends_and_crashes(tmp_path_factory: pytest.TempPathFac
             expected = found
             assert [s.seq for s in read(directory)] == list(range(1, len(found) + 1))
             assert verify(directory).ok
+
+
+@pytest.mark.parametrize("spare", [0, 1, 4])
+def test_the_largest_record_can_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int) -> None:
+    """The bound is one of the body; the kind stands before it."""
+    monkeypatch.setattr(bytes_of, "MAX_BODY", 4096)
+    text = "x" * (4096 - spare - len(bytes_of.encode(Noted(at=1.0, incident="", text="")).body))
+    write(tmp_path / "j", [Noted(at=1.0, incident="", text=text)])
+    assert [s.record for s in reopen(tmp_path / "j")[0]] == [Noted(at=1.0, incident="", text=text)]
+    with pytest.raises(ValueError, match="4097 bytes"):
+        bytes_of.encode(Noted(at=1.0, incident="", text=text + "x" * (spare + 1)))
+
+
+async def test_no_descriptor_for_a_new_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of descriptors at the one moment: refused, the thread lives, and the next append goes on."""
+    wal = Wal.open(tmp_path / "j", segment_bytes=200)
+    await wal.append([note(1)])
+    await wal.append([note(2)])
+    real, refusals = os.open, [OSError(24, "Too many open files")]
+
+    def scarce(path: str | Path, flags: int, mode: int = 0o777, **more: int | None) -> int:
+        if str(path).endswith(".wal") and refusals:
+            raise refusals.pop()
+        return real(path, flags, mode, **more)
+
+    monkeypatch.setattr(os, "open", scarce)
+    answers = [await asyncio.gather(wal.append([note(n)]), return_exceptions=True) for n in range(3, 6)]
+    refused = [a for (a,) in answers if isinstance(a, JournalUnavailable)]
+    assert [("Too many open files" in str(a)) for a in refused] == [True]
+    await asyncio.wait_for(wal.append([note(9)]), 10)
+    await wal.close()
+    assert not refusals
+    assert [s.seq for s in read(tmp_path / "j")] == list(range(1, len(read(tmp_path / "j")) + 1))
