@@ -120,7 +120,7 @@ def gate_paused(_: ProposalLike, __: ActionDefinition, context: GuardContext) ->
 
 def gate_stale_evidence(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
     age, allowed = context.now - context.evidence_at, context.policy.stale_evidence_seconds
-    if not age <= allowed:
+    if not -allowed <= age <= allowed:  # from the future: somebody has set the clock back, its age is unknown
         return _no(Refusal.STALE_EVIDENCE, f"the evidence is {age:.0f} s old, at most {allowed:.0f} s are allowed")
     return None
 
@@ -324,6 +324,7 @@ AT_START: tuple[Gate, ...] = (
     gate_host,
     gate_secrets,
     gate_limits,
+    gate_ladder,
     gate_storm,
     gate_protected_target,
     gate_busy,

@@ -157,9 +157,13 @@ def recheck(plan: Plan, definition: ActionDefinition | None, context: GuardConte
         return Declined(reason=Refusal.APPROVAL_STALE, detail=what, action=definition.name)
     proposal = _Planned(definition.name, plan.service, plan.reason)
     targets = tuple(Target(identity=s.target) for s in plan.steps)
-    verdict = _pass(AT_START, proposal, definition, replace(context, incident=plan.incident, targets=targets))
+    context = replace(context, incident=plan.incident, cause=plan.cause, targets=targets)
+    verdict = _pass(AT_START, proposal, definition, context)
     if isinstance(verdict, Declined):
         return verdict
+    # Between plan and step the agent may have been restarted with a policy that allows less.
+    if refused := _too_low(verdict, definition):
+        return refused
     # Caps say "not by itself": they bind a plan that goes on by itself, a person has decided otherwise.
     if plan.autonomy == "auto" and verdict:
         return Declined(reason=verdict[0].reason, detail=verdict[0].detail, action=definition.name)

@@ -16,7 +16,7 @@ from actions import gates, guard
 from actions.breaker import Breaker
 from actions.catalog import Catalog, parse_action
 from actions.gates import GuardContext, PastAction, Target
-from actions.model import BreakerState, Declined, Plan, Refusal
+from actions.model import Autonomy, BreakerState, Declined, Plan, Refusal
 from actions.policy import (
     AutonomyPolicy,
     AutonomyRule,
@@ -71,6 +71,7 @@ REFUSED: list[tuple[str, dict[str, Any], Refusal]] = [
     ("paused", {"paused": True}, Refusal.PAUSED),
     ("pause unknown", {"paused": None}, Refusal.PAUSED),
     ("stale", {"evidence_at": NOW - 301}, Refusal.STALE_EVIDENCE),
+    ("evidence from the future", {"evidence_at": NOW + 301}, Refusal.STALE_EVIDENCE),
     ("evidence without time", {"evidence_at": math.nan}, Refusal.STALE_EVIDENCE),
     ("protected service", {"policy": policy(protected=ProtectedPolicy(services=("work*",)))}, Refusal.PROTECTED_TARGET),
     (
@@ -515,3 +516,26 @@ def test_the_policy_comes_from_plain_data_and_refuses_what_it_does_not_know() ->
 
 def test_a_replay_makes_the_same_plan() -> None:
     assert decide(context()) == decide(replace(context()))
+
+
+@pytest.mark.parametrize(
+    ("level", "reason"),
+    [("approve", Refusal.NOT_AUTO), ("suggest", Refusal.SUGGEST_ONLY), ("observe", Refusal.OBSERVE_ONLY)],
+)
+def test_a_policy_that_allows_less_by_now_stops_what_goes_on_by_itself(level: Autonomy, reason: Refusal) -> None:
+    made = decide(context())
+    assert isinstance(made, Plan)
+    assert made.autonomy == "auto"
+    answer = guard.recheck(made, definition(), context(policy=policy(autonomy=AutonomyPolicy(default=level))))
+    assert answer is not None
+    assert answer.reason is reason
+
+
+def test_where_people_only_observe_by_now_not_even_an_approved_plan_begins() -> None:
+    made = decide(context(policy=policy(autonomy=AutonomyPolicy(default="approve"))))
+    assert isinstance(made, Plan)
+    now = context(policy=policy(autonomy=AutonomyPolicy(default="suggest")))
+    assert guard.recheck(made, definition(), now) is None  # a person decided
+    answer = guard.recheck(made, definition(), context(policy=policy(autonomy=AutonomyPolicy(default="observe"))))
+    assert answer is not None
+    assert answer.reason is Refusal.OBSERVE_ONLY
