@@ -117,7 +117,10 @@ def walk(root: int) -> Iterator[LogFile]:
                     seen += 1
                     if seen > MAX_SEEN:
                         return
-                    info = entry.stat(follow_symlinks=False)
+                    try:
+                        info = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:  # rotated away while we looked
+                        continue
                     if stat.S_ISDIR(info.st_mode) and len(directory) < MAX_DEPTH:
                         pending.append((*directory, entry.name))
                     elif stat.S_ISREG(info.st_mode) and info.st_nlink == 1:

@@ -22,7 +22,7 @@ import time
 from fnmatch import fnmatchcase
 from typing import Any
 
-from actions.builtin import DONE, FAILED, NOTHING_DONE, proc
+from actions.builtin import DONE, FAILED, NOTHING_DONE, crashed, proc
 from actions.builtin.proc import Process
 
 POLL_SECONDS = 0.05
@@ -246,4 +246,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = crashed
     sys.exit(main())

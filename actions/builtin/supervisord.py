@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed
 
 CALL_SECONDS = 5.0
 POLL_SECONDS = 0.05
@@ -161,4 +161,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = crashed
     sys.exit(main())

@@ -15,7 +15,7 @@ import math
 import sys
 from typing import Any
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed
 from actions.builtin.http_json import HttpError, call
 
 
@@ -89,4 +89,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = crashed
     sys.exit(main())

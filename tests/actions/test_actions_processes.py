@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ import pytest
 from actions_world import Proposal, builtin, context, in_sandbox, policy
 from conftest import wait_until
 
+import actions.builtin
 from actions import guard
 from actions.catalog import load_catalog
 from actions.model import Declined, Plan, Refusal, Step
@@ -185,6 +187,26 @@ async def test_names_and_owners_of_the_policy_are_protected(group: Start) -> Non
     await refused(process, "is called precious", policy=policy(protected=ProtectedPolicy(processes=("x", "prec*"))))
     me = pwd.getpwuid(os.geteuid()).pw_name
     await refused(process, f"protected user {me}", policy=policy(protected=ProtectedPolicy(users=("nobody", me))))
+    await refused(process, f"protected user {me}", policy=policy(protected=ProtectedPolicy(users=(f"{me[:2]}*",))))
+
+
+async def test_names_longer_than_the_kernel_keeps_are_protected(tmp_path: Path) -> None:
+    """comm has 15 characters; people write the whole name."""
+    program = tmp_path / "precious-daemon-of-the-shop"
+    program.symlink_to("/bin/sleep")
+    script = tmp_path / "precious-script-of-the-shop"
+    script.write_text("#!/bin/sh\nsleep 600\n")
+    script.chmod(0o755)
+    for path in (program, script):
+        process = subprocess.Popen([str(path), "600"], start_new_session=True, text=True)
+        try:
+            watched = psutil.Process(process.pid)
+            wait_until(lambda w=watched: w.name().startswith("precious"))  # type: ignore[misc]
+            protected = ProtectedPolicy(processes=("precious-*-of-the-shop",))
+            await refused(process, f"is called {path.name}", policy=policy(protected=protected))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.mark.parametrize("name", ["postgres", "sshd", "supervisord", "systemd", "dockerd", "prometheus"])
@@ -279,3 +301,14 @@ def test_a_capture_is_bounded() -> None:
     assert len(text) <= 2000
     assert json.loads(text)["left_out"] > 30
     assert sys.getsizeof(text) < 4000
+
+
+def test_a_check_that_crashes_does_not_say_that_nothing_has_happened() -> None:
+    """Python's exit code for a traceback is 1, which would mean that, and the action would be done again."""
+    source = "import sys; from actions.builtin import crashed; sys.excepthook = crashed; print('x', end=''); 1 / 0"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (94, "x")
+    assert "ZeroDivisionError" in done.stderr
+    for program in ("feature_flag", "free_logs", "postgres", "process_group", "supervisord", "systemd", "workers"):
+        text = Path(actions.builtin.__file__).with_name(f"{program}.py").read_text()
+        assert "    sys.excepthook = crashed\n    sys.exit(main())" in text, program
