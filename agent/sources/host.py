@@ -422,8 +422,8 @@ def _disk_facts(roots: Mapping[str, str]) -> list[Fact]:
         devices.add(device)
         partition = every.get(mount)
         attributes: Attributes = {
-            "mount": mount,
-            "device": partition.device if partition else "",
+            "mount": bounded(mount),
+            "device": bounded(partition.device) if partition else "",
             "fstype": partition.fstype if partition else "",
             "percent": usage.percent,
             "total_bytes": usage.total,
@@ -432,7 +432,7 @@ def _disk_facts(roots: Mapping[str, str]) -> list[Fact]:
             "inodes_percent": round(100.0 * (1 - inodes.f_favail / inodes.f_files), 1) if inodes.f_files else 0.0,
             "services": ",".join(services.get(mount, ())),
         }
-        facts.append(Fact("host.disk", f"mount={mount}", "", attributes))
+        facts.append(Fact("host.disk", f"mount={bounded(mount)}", "", attributes))
     return facts
 
 

@@ -108,7 +108,7 @@ def envelope(body: bytes) -> tuple[Any, tuple[str, ...]]:
         raise MalformedError(f"the answer is not of the Prometheus API: {_head(body)}")
     if answer["status"] == "error":
         raise RefusedError(error_text(answer))
-    notes = [n for key in ("warnings", "infos") for n in answer.get(key) or () if isinstance(n, str)]
+    notes = [n for key in ("warnings", "infos") for n in _list(answer.get(key)) if isinstance(n, str)]
     if answer.get("isPartial") is True:  # VictoriaMetrics' cluster says so
         notes.append("the answer is partial: not all storage nodes answered")
     warnings = [bounded(n) for n in notes[:MAX_WARNINGS]]
@@ -238,6 +238,10 @@ def _notes(counts: Mapping[str, int]) -> list[str]:
         "doubled": "{} series had the same name as another one and were laid over it",
     }
     return [text.format(counts[key]) for key, text in said.items() if counts[key]]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _head(body: bytes) -> str:

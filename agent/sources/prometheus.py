@@ -286,7 +286,7 @@ class PrometheusSource:
             raise QueryError(f"{path}: {error}; is {self._base.host} a Prometheus?") from error
         except TimeoutError as error:
             raise QueryError(f"timeout after {max(0.0, round(seconds, 1)):g} s") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, TypeError) as error:  # TypeError: a shape nobody documents
             raise QueryError(_reason(error)) from error
 
     async def _body(self, path: str, form: list[tuple[str, str]], due: float, tenant: str, get: bool) -> bytes:

@@ -265,3 +265,11 @@ async def test_native_histograms_and_strays_are_left_out_and_said(fake: Fake) ->
     np.testing.assert_array_equal(evidence.frame.values, [[1.0, math.nan, 3.0]])
     assert any(w.startswith("2 samples lay beside the grid") for w in evidence.warnings)
     assert any(w.startswith("2 series are native histograms") for w in evidence.warnings)
+
+
+@pytest.mark.parametrize("odd", [5, True, {"a": 1}, "text", 0.5])
+async def test_warnings_of_another_shape_are_no_reason_to_fail(fake: Fake, odd: object) -> None:
+    fake.answer = answering(json.dumps({**NOTHING, "warnings": odd, "infos": odd}))
+    async with PrometheusSource(Prometheus(url=fake.url)) as source:
+        evidence = await one(source)
+    assert (evidence.missing, evidence.warnings) == (None, ())
