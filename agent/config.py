@@ -343,8 +343,8 @@ class Config(Struct, frozen=True, kw_only=True):
 
 
 _ENVIRONMENT_PREFIX = "ALERTMEDIC_"
-# Not of the configuration: which file to read, and the crash tests' failpoints.
-_RESERVED = frozenset({"ALERTMEDIC_CONFIG", "ALERTMEDIC_FAILPOINT"})
+# Not of the configuration: which file to read, a secret of the shipped actions, and the crash tests' failpoints.
+_RESERVED = frozenset({"ALERTMEDIC_CONFIG", "ALERTMEDIC_HTTP_TOKEN", "ALERTMEDIC_FAILPOINT"})
 # Kubernetes and Docker links set these in every container beside a service called `alertmedic`.
 _SERVICE_LINK = re.compile(
     r"ALERTMEDIC_(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_[0-9]+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)?)\Z"

@@ -26,6 +26,7 @@ def check(config: Config, document: Document) -> None:
     _service_graph(config, document)
     _inventory(config, document)
     _limits(config, document)
+    _protected(config, document)
     for i, window in enumerate(config.guard.maintenance):
         _maintenance(window, f"guard.maintenance[{i}]", document)
 
@@ -123,7 +124,7 @@ def _inventory(config: Config, document: Document) -> None:
         if bool(entry.supervisord_url) != bool(entry.supervisord_program):
             given = "supervisord_url" if entry.supervisord_url else "supervisord_program"
             document.fault(f"{key}.{given}", f"{given} alone", "give supervisord_url and supervisord_program")
-        if entry.supervisord_url and not entry.supervisord_url.startswith(("http://", "https://", "unix:///")):
+        if entry.supervisord_url and not entry.supervisord_url.startswith(("http://", "unix:///")):
             hint = "write http://127.0.0.1:9001 or unix:///run/supervisor.sock"
             document.fault(f"{key}.supervisord_url", "neither http nor unix URL", hint)
         if entry.listen_port and int(entry.listen_port) > 65535:
@@ -174,6 +175,15 @@ def _limits(config: Config, document: Document) -> None:
         document.fault("sandbox.allow_unenforced_auto", what, "set it to false, or protection to automatic")
     if not config.service_labels:
         document.fault("service_labels", "no label would name an alert's service", "list at least one, for example job")
+
+
+def _protected(config: Config, document: Document) -> None:
+    """These reach an action as one list with commas: half a pattern would protect something else."""
+    protected = config.guard.protected
+    for name in ("processes", "users", "paths"):
+        for i, glob in enumerate(getattr(protected, name)):
+            if "," in glob:
+                document.fault(f"guard.protected.{name}[{i}]", f'"{glob}" has a comma', "write ? for it")
 
 
 def _maintenance(window: MaintenanceWindow, key: str, document: Document) -> None:

@@ -16,6 +16,7 @@ from agent.config import Config, ConfigError, Fault, load
 from agent.strict_kinds import Secret
 
 if TYPE_CHECKING:
+    from actions.catalog import Catalog
     from rules.packs import PackSet
 
 
@@ -74,7 +75,7 @@ def _faults_of_what_is_named(config: Config) -> list[Fault]:
     except CommandError as error:
         faults += [Fault("packs", 0, "", line) for line in error.what.splitlines()]
     try:
-        load_catalog(config.actions.dirs, config.actions.disable)
+        faults += _unusable_inventory(config, load_catalog(config.actions.dirs, config.actions.disable))
     except CatalogError as error:
         faults += [Fault("actions", 0, "", str(fault)) for fault in error.faults]
     try:
@@ -82,6 +83,24 @@ def _faults_of_what_is_named(config: Config) -> list[Fault]:
     except TopologyError as error:
         faults += error.faults
     return faults
+
+
+def _unusable_inventory(config: Config, catalog: Catalog) -> list[Fault]:
+    """What an action would refuse on the day it is needed: its pattern is narrower than the configuration's."""
+    from actions.parameters import ParameterError
+
+    faults: dict[str, Fault] = {}
+    for service, entry in config.inventory_strings.items():
+        for definition in catalog:
+            for parameter in definition.parameters.values():
+                text = entry.get(parameter.source_key, "") if parameter.origin == "inventory" else ""
+                key = f"inventory.{service}.{parameter.source_key}"
+                try:
+                    if text:
+                        parameter.check(text)
+                except ParameterError as error:
+                    faults.setdefault(key, Fault("inventory", 0, key, f"{definition.name} cannot take it", str(error)))
+    return list(faults.values())
 
 
 def _load_packs(config: Config) -> PackSet:

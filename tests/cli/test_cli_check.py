@@ -217,3 +217,17 @@ def test_the_command_line_itself_imports_next_to_nothing() -> None:
     )
     loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
     assert not loaded & {"aiohttp", "numpy", "msgspec", "yaml", "rich", "opentelemetry", "prometheus_client"}
+
+
+def test_inventory_that_no_action_could_take_is_a_fault(tmp_path: Path) -> None:
+    """Better now than when it is needed."""
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "inventory:\n  db: {systemd_unit: postgresql}\n  web: {flags_url: 'http://[::1]:8080/flags'}\n"
+        "  fine: {systemd_unit: fine.service, flags_url: 'http://127.0.0.1:8080/flags', listen_port: '80'}\n"
+    )
+    done = alertmedic("check-config", file)
+    assert done.code == 1
+    keys = [line.split(": ")[1] for line in done.out.splitlines()]
+    assert keys == ["inventory.db.systemd_unit", "inventory.web.flags_url"]
+    assert "service.restart.systemd cannot take it" in done.out

@@ -365,3 +365,8 @@ def test_a_secret_file_is_not_held_open() -> None:
         with pytest.raises(ConfigError):
             parse('prometheus: {url: "http://p:1", bearer_token_file: .}\n')
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
+def test_the_secret_of_the_shipped_actions_is_no_unknown_key() -> None:
+    """It begins like a key; the service would not start beside it."""
+    assert load(None, {"ALERTMEDIC_HTTP_TOKEN": "t"}) == load(None, {})
