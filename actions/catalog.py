@@ -10,6 +10,7 @@ The form of a definition is described in docs/actions.md.
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -43,7 +44,8 @@ _ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 _SIZE = re.compile(r"([0-9]+)(B|KiB|MiB|GiB)?")
 _UNITS = {None: 1, "B": 1, "KiB": 1024, "MiB": MIB, "GiB": 1024 * MIB}
 _SHELLS = frozenset(
-    {"sh", "ash", "bash", "dash", "zsh", "ksh", "mksh", "fish", "csh", "tcsh", "busybox", "env", "eval"}
+    {"sh", "ash", "bash", "rbash", "dash", "zsh", "ksh", "mksh", "fish", "csh", "tcsh", "pwsh", "busybox"}
+    | {"env", "eval", "ssh", "su", "watch", "script", "parallel"}
 )
 
 
@@ -479,10 +481,13 @@ def _check_program(argv: tuple[str, ...], where: str, faults: list[str]) -> None
         faults.append(f"{where}[0]: the program may not come from a parameter")
     if program.rsplit("/", 1)[-1] in _SHELLS:
         faults.append(f"{where}[0]: {program} would parse what it is given; name the program itself")
+    own: Sequence[str] = ()
     if program == "{python}":
         own = argv[1 : argv.index("-m")] if "-m" in argv else argv[1:]
-        if any(e.startswith("-") and not e.startswith("--") and "c" in e for e in own):
-            faults.append(f"{where}: python -c evaluates text; use a module")
+    elif re.fullmatch(r"python[0-9.]*", program.rsplit("/", 1)[-1]):
+        own = list(itertools.takewhile(lambda e: e.startswith("-") and e != "-m", argv[1:]))
+    if any(e.startswith("-") and not e.startswith("--") and "c" in e for e in own):
+        faults.append(f"{where}: python -c evaluates text; use a module")
 
 
 def _cross_checks(definition: ActionDefinition, where: str, faults: list[str]) -> None:

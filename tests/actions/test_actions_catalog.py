@@ -96,6 +96,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("shell", {"argv": ["/bin/sh", "-c", "true", "{service}"]}, "argv[0]: /bin/sh would parse"),
     ("shell by env", {"argv": ["/usr/bin/env", "bash", "{service}"]}, "argv[0]: /usr/bin/env would parse"),
     ("python -c", {"argv": ["{python}", "-Ic", "print(1)", "{service}"]}, "argv: python -c evaluates"),
+    ("named python -c", {"argv": ["/usr/bin/python3.11", "-I", "-c", "1", "{service}"]}, "argv: python -c evaluates"),
+    ("a shell elsewhere", {"argv": ["ssh", "db7", "{service}"]}, "argv[0]: ssh would parse"),
     ("program from a parameter", {"argv": ["{service}"]}, "argv[0]: the program may not come"),
     ("undeclared placeholder", {"argv": ["/bin/true", "{host}", "{service}"]}, "argv: {host} is no parameter"),
     ("undeclared in check", {"check": ["/bin/true", "{host}"]}, "check: {host} is no parameter"),
