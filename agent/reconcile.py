@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 import yarl
 
-from agent.alerts import PayloadError, alert_digest, parse_payload
+from agent.alerts import PayloadError, alert_digest, parse_payload, parse_time
 from agent.config import Alertmanager
 from agent.fold_state import State
 from agent.intake import Intake
@@ -26,6 +26,7 @@ from agent.store import Store
 from rules.model import Alert
 
 MAX_BYTES = 64 * 1024 * 1024
+API_TIME_SECONDS = 0.001  # the API cuts times to milliseconds
 ZERO_TIME = "0001-01-01T00:00:00Z"
 
 
@@ -36,12 +37,12 @@ class ReconcileError(Exception):
 async def reconcile(config: Alertmanager, store: Store, intake: Intake, now: float) -> tuple[int, int]:
     """Asks once. Returns (alerts that were new, alerts that are claimed to have resolved). Raises ReconcileError, and
     JournalError when nothing can be recorded."""
-    held = await _held(config)
     tenant = config.tenant
+    before = _firing(store.state, tenant)
+    held = await _held(config)
     firing = {str(entry.get("fingerprint", "")): entry for entry in held}
-    known = _firing(store.state, tenant)
-    fresh = [entry for fingerprint, entry in firing.items() if fingerprint not in known]
-    new = 0
+    fresh = [entry for entry in firing.values() if not _is_known(store.state, tenant, entry)]
+    new, problems = 0, list[str]()
     for (receiver, name), entries in _grouped(fresh).items():
         body = orjson.dumps(
             {
@@ -59,13 +60,39 @@ async def reconcile(config: Alertmanager, store: Store, intake: Intake, now: flo
         )
         try:
             accepted = await intake.take(parse_payload(body, tenant), source="reconcile")
-        except PayloadError as error:
-            raise ReconcileError(f"reconcile with {config.url}: alert {name!r:.100}: {error}") from error
+        except PayloadError as error:  # it is in quarantine; the others count all the same
+            problems.append(f"alert {name!r:.100}: {error}")
+            continue
         new += accepted.accepted
-    gone = [alert for fingerprint, alert in known.items() if fingerprint not in firing]
+    # What changed while Alertmanager was asked is newer than its answer, which says nothing about it.
+    after = _firing(store.state, tenant)
+    gone = [
+        alert for fingerprint, alert in before.items() if fingerprint not in firing and after.get(fingerprint) == alert
+    ]
     if gone:
         await store.record(_claims(gone, tenant, config.url, now))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ReconcileError(f"reconcile with {config.url}: {problems[0]}{more}; the others were taken")
     return new, len(gone)
+
+
+def _is_known(state: State, tenant: str, entry: Mapping[str, Any]) -> bool:
+    """Whether the journal holds it to be firing already. A closed incident (escalated, or healed a moment ago) has an
+    alert that still fires: that is no news, although the API spells its times in another way than the webhook does."""
+    fingerprint = str(entry.get("fingerprint", ""))
+    current = state.current(tenant, fingerprint)
+    incident = state.incident(current.incident) if current is not None and current.status == "firing" else None
+    alert = incident.alerts.get(fingerprint) if incident is not None else None
+    if incident is None or alert is None:
+        return False
+    if not incident.final:
+        return True
+    try:
+        started = parse_time(str(entry.get("startsAt", "")))
+    except ValueError:
+        return False
+    return abs(started - alert.starts_at) < API_TIME_SECONDS
 
 
 def _firing(state: State, tenant: str) -> dict[str, Alert]:
