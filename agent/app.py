@@ -18,6 +18,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import sandbox
 from actions.catalog import load_catalog
@@ -30,7 +31,7 @@ from agent.http.server import serve as serve_http
 from agent.incidents import Changes, IncidentState
 from agent.intake import Accepted, Intake
 from agent.investigate import Investigation
-from agent.journal.records import AgentStarted, FoldPolicy, Stored
+from agent.journal.records import AgentStarted, FoldPolicy, Noted, Stored
 from agent.journal.wal import JournalError
 from agent.operations import Operations
 from agent.packs import load_packs
@@ -52,7 +53,7 @@ RECONCILE_SECONDS = 30.0
 GRACE_SECONDS = 30.0
 SWEEP_SECONDS = 10.0
 RETRY_SECONDS = 5.0
-MIN_FREE_BYTES = 64 * 1024 * 1024
+LOW_DISK_BYTES = 64 * 1024 * 1024
 
 
 async def serve(config: Config, ready: Callable[[str], None] | None = None) -> int:
@@ -220,6 +221,7 @@ class App:
             self._offer(incident.id)
         workers = self.config.investigate.concurrency
         self._tasks = [asyncio.create_task(self._work(), name=f"investigate {n}") for n in range(workers)]
+        self._tasks.append(asyncio.create_task(self._retry_journal(), name="retry journal"))
         if self.config.alertmanager.url and self.config.alertmanager.reconcile:
             self._tasks.append(asyncio.create_task(self._reconcile(), name="reconcile"))
 
@@ -294,6 +296,17 @@ class App:
             finally:
                 self.schedule.done(id)
 
+    async def _retry_journal(self) -> None:
+        """While the journal is unavailable, tries it now and then: whoever sends alerts only to what is ready would
+        never find out that it is writable again."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            if (problem := self.store.health().unavailable) == "":
+                continue
+            text = f"the journal takes records again, after: {problem}"[:500]
+            with contextlib.suppress(JournalError):  # it is on the health page already
+                await self.store.record(Noted(at=time.time(), incident="", text=text))
+
     async def _reconcile(self) -> None:
         """Until Alertmanager has answered once."""
         while True:
@@ -324,14 +337,13 @@ class App:
     def health(self) -> dict[str, object]:
         """The body of /-/ready. Ready is told while alerts can be made durable; the rest is for people."""
         journal = self.store.health()
-        disk = shutil.disk_usage(self.config.state_dir)
+        disk = _disk(self.config.state_dir)
         capability = sandbox.current()
-        ready = not journal.unavailable and disk.free > MIN_FREE_BYTES
         return {
-            "ready": ready,
+            "ready": not journal.unavailable,
             "draining": self._draining,
             "version": __version__,
-            "disk": {"free_bytes": disk.free, "total_bytes": disk.total},
+            "disk": disk,
             "journal": {
                 "seq": journal.seq,
                 "bytes": journal.bytes,
@@ -372,6 +384,15 @@ class App:
             segments=journal.segments,
             last_fsync_seconds=journal.sync_seconds,
         )
+
+
+def _disk(directory: Path) -> dict[str, object]:
+    """What is free there, for people: whether the journal can be written is what the journal says."""
+    try:
+        usage = shutil.disk_usage(directory)
+    except OSError as error:
+        return {"problem": f"{directory}: {error.strerror or error}"}
+    return {"free_bytes": usage.free, "total_bytes": usage.total, "low": usage.free < LOW_DISK_BYTES}
 
 
 async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
