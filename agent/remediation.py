@@ -116,6 +116,7 @@ class Remediation:
         best = diagnosis.best if diagnosis else None
         now = self._clock()
         busy = state.busy_targets()
+        begun = incident.plan.made_at if incident.plan is not None and incident.plan_state == "running" else None
         horizon = max(HOUR, self._config.guard.cooldown_seconds)
         history = tuple(
             PastAction(
@@ -124,7 +125,9 @@ class Remediation:
                 service=past.service,
                 incident=past.incident,
                 at=past.at,
-                active=busy.get(past.target) == past.incident,
+                # All of a plan under way is one action: its verified steps are no reason against its next one.
+                active=busy.get(past.target) == past.incident
+                or (past.incident == incident.id and begun is not None and past.at >= begun),
             )
             for past in state.action_starts(since=now - horizon)
         )

@@ -7,6 +7,7 @@ decides: what could not be had is in the evidence as `missing`.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -118,8 +119,18 @@ class Situations:
         if self.discover is None:
             return self.topology
         if self._known is None or now >= self._known_until:
-            found = await self.discover(self.config.prometheus.timeout_seconds)
-            self._known_until = now + (DISCOVERY_SECONDS if found.edges else UNREACHED)
-            edges = tuple(sorted({*self.topology.edges, *found.edges}))
-            self._known = Topology(edges=edges, kinds={**found.kinds, **self.topology.kinds})
+            found = await self._discovered(self.discover)
+            self._known_until = self.clock() + (DISCOVERY_SECONDS if found.edges else UNREACHED)
+            if found.edges or self._known is None:  # an outage is no reason to forget who calls whom
+                edges = tuple(sorted({*self.topology.edges, *found.edges}))
+                self._known = Topology(edges=edges, kinds={**found.kinds, **self.topology.kinds})
         return self._known
+
+    async def _discovered(self, discover: Callable[[float], Awaitable[Topology]]) -> Topology:
+        """One deadline for all of its queries, which it asks one after the other; nothing when it is over."""
+        seconds = self.config.prometheus.timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await discover(seconds)
+        except TimeoutError:
+            return Topology()

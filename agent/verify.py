@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from actions.model import Plan, Step, StepState
 from agent.config import Config
 from agent.fold_model import Incident
@@ -69,7 +71,8 @@ class SeriesVerifier:
             names.update(HOST_SIGNALS)
         step = self.config.prometheus.step_seconds
         now = await self.situations.since(incident, names, since - step)
-        return judge(justification, now, self.packs, since=since)
+        asked = msgspec.structs.replace(justification, samples=self.config.verify.samples)
+        return judge(asked, now, self.packs, since=since)
 
 
 def _ended(incident: Incident, otherwise: float) -> float:

@@ -118,17 +118,16 @@ class World:
             before = self.incident(id).state
             await self.store.record(IncidentMoved(at=self.now, incident=id, before=before, after=after))
 
-    async def acting(self, name: str = "Slow") -> str:
-        """An incident whose plan of one step was granted and has not begun."""
+    async def acting(self, name: str = "Slow", steps: int = 1) -> str:
+        """An incident whose plan was granted and has not begun."""
         id = await self.alert(name=name)
         await self.moved(id, "investigating", "diagnosed")
-        step = Step(action="a", version=1, target=f"t-{id}", argv=("true",))
         plan = Plan(
             id=f"plan-{id}",
             incident=id,
             service="front",
             cause="c",
-            steps=(step,),
+            steps=tuple(Step(action="a", version=1, target=f"t{n}", argv=("true",)) for n in range(steps)),
             autonomy="auto",
             made_at=self.now,
             expires_at=self.now + 900,
