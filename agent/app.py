@@ -51,6 +51,7 @@ from agent.verify import SeriesVerifier
 logger = logging.getLogger("alertmedic.app")
 RECONCILE_SECONDS = 30.0
 GRACE_SECONDS = 30.0
+DRAIN_SECONDS = 0.1  # between two looks at what still runs
 SWEEP_SECONDS = 10.0
 RETRY_SECONDS = 5.0
 LOW_DISK_BYTES = 64 * 1024 * 1024
@@ -164,10 +165,15 @@ def _listen_tls(config: Config) -> ssl.SSLContext | None:
     if tls.cert_file is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(str(tls.cert_file), str(tls.key_file) if tls.key_file else None)
-    if tls.client_ca_file is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(str(tls.client_ca_file))
+    names = ", ".join(str(file) for file in (tls.cert_file, tls.key_file, tls.client_ca_file) if file is not None)
+    try:
+        context.load_cert_chain(str(tls.cert_file), str(tls.key_file) if tls.key_file else None)
+        if tls.client_ca_file is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(str(tls.client_ca_file))
+    except OSError as error:  # which names no file
+        hint = "PEM files that this user may read, the key belonging to the first certificate"
+        raise OSError(f"listen_tls: {names}: {error.strerror or error}; hint: {hint}") from error
     return context
 
 
@@ -226,17 +232,26 @@ class App:
             self._tasks.append(asyncio.create_task(self._reconcile(), name="reconcile"))
 
     async def stop(self) -> None:
-        """Drains: 503 for webhooks, no new step; a running one may finish within the grace period."""
+        """Drains: 503 for webhooks, no new plan; a running step may finish within the grace period."""
         self._draining = True
         self.serving.drain()
         for timer in self._timers.values():
             timer.cancel()
         await _cancelled(self._tasks)
-        acting = list(self.investigation.acting.values())
-        if acting:
-            await asyncio.wait(acting, timeout=GRACE_SECONDS)
-        await _cancelled(acting)
+        await self._effects_ended()
+        await _cancelled(list(self.investigation.acting.values()))
         await self.serving.close()
+
+    async def _effects_ended(self) -> None:
+        """Waits until no step's effect is under way, at most the grace period. A verification is not waited for: the
+        next start goes on with it."""
+        until = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < until:
+            acting = self.investigation.acting
+            running = [acting[i.id] for i in self.store.state.active() if i.unsettled and i.id in acting]
+            if not running:
+                return
+            await asyncio.wait(running, timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
 
     def _started(self, edges: tuple[tuple[str, str], ...]) -> AgentStarted:
         config = self.config

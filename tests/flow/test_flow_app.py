@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from flow_world import NOW, World, open_world
 
+from actions.model import StepMoved, StepState
 from agent import app as module
 from agent.app import App
-from agent.config import Config, Intake, Investigate
+from agent.config import Config, Intake, Investigate, ListenTls
+from agent.journal.records import StepRecorded
 
 
 @dataclass
@@ -119,3 +121,46 @@ async def test_a_nearly_full_disk_is_told_and_is_no_reason_not_to_be_ready(
 
     monkeypatch.setattr("shutil.disk_usage", gone)
     assert "No such file" in str(app.health()["disk"])
+
+
+async def step(world: World, id: str, before: StepState, after: StepState) -> None:
+    move = StepMoved(incident=id, plan=f"plan-{id}", step=0, before=before, after=after, at=NOW)
+    await world.store.record(StepRecorded(move=move))
+
+
+async def test_a_drain_waits_for_an_effect_and_not_for_a_verification(world: World) -> None:
+    id = await world.acting()
+    await step(world, id, StepState.PLANNED, StepState.INTENT)
+    looked = Looked()
+    app = app_of(world, looked)
+    ended: list[str] = []
+    let_go = asyncio.Event()
+
+    async def act() -> None:
+        try:
+            await let_go.wait()
+            await step(world, id, StepState.INTENT, StepState.RAN)
+            ended.append("ran")
+            await asyncio.Event().wait()  # the verification
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    await app.start(())
+    looked.acting[id] = asyncio.create_task(act())
+    stopping = asyncio.create_task(app.stop())
+    done, _ = await asyncio.wait([stopping], timeout=0.3)
+    assert not done
+    assert ended == []
+    let_go.set()
+    await asyncio.wait_for(stopping, 10)
+    assert ended == ["ran", "cancelled"]
+
+
+async def test_a_certificate_that_cannot_be_used_is_named(world: World, tmp_path: Path) -> None:
+    certificate = tmp_path / "cert.pem"
+    certificate.write_text("nothing of the kind")
+    config = Config(listen="127.0.0.1:0", state_dir=tmp_path, listen_tls=ListenTls(cert_file=certificate))
+    world.config = config
+    with pytest.raises(OSError, match=r"cert\.pem.*hint: PEM"):
+        await app_of(world, Looked()).start(())
