@@ -78,7 +78,7 @@ async def test_space_that_comes_back(small_disk: Path) -> None:
 
 async def test_full_disk_stops_no_snapshotless_store(small_disk: Path) -> None:
     """No room for a snapshot: the store says so and goes on."""
-    store = Store.open(small_disk, snapshot_bytes=100_000)
+    store = Store.open(small_disk)  # no snapshot of its own accord while the disk is being filled
     for n in range(60):
         await store.record(received(alert(f"f{n}", name="A" * 4_000), at=float(n)))
     ballast = small_disk / "ballast"
