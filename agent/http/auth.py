@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -135,6 +136,11 @@ class Guard:
         if "Origin" in request.headers and request.method != "GET":
             # A web page in somebody's browser on this machine could otherwise post alerts.
             raise AccessError(403, "a web page may not post here without authentication", "configure `auth`")
+        if scope == "read" and not _own_name(request.headers.get("Host", "")):
+            # DNS rebinding: a page whose own name has come to mean this machine could read everything, without Origin.
+            raise AccessError(
+                403, "no authentication is configured and the Host is not this machine's", "use 127.0.0.1"
+            )
         return _anonymous(address)
 
     def _local(self, request: web.BaseRequest) -> Caller:
@@ -164,6 +170,18 @@ def _anonymous(address: str) -> Caller:
 def _digest(basic: bool, secret: bytes) -> bytes:
     """Equal lengths whatever the secret's, so that comparing tells not even that."""
     return hashlib.sha256((b"basic:" if basic else b"bearer:") + secret).digest()
+
+
+@lru_cache(maxsize=1024)
+def _own_name(host: str) -> bool:
+    """An address, localhost or the name of this machine, with or without a port."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name == "localhost" or name.endswith(".localhost") or name == socket.gethostname().lower():
+            return True
+        return bool(ip_address(name.partition("%")[0]))
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
 from base64 import b64encode
 from typing import Any
 
@@ -531,3 +532,26 @@ def test_rendering_shows_every_field_and_rfc3339() -> None:
 def test_times_are_utc() -> None:
     assert rfc3339(1795168310.846908) == "2026-11-20T09:51:50.846Z"
     assert plain({"a": (1, IncidentState.OPEN)}) == {"a": [1, "open"]}
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:9095", 200),
+        ("[::1]:9095", 200),
+        ("localhost", 200),
+        ("api.localhost:1", 200),
+        (socket.gethostname(), 200),
+        ("evil.example:9095", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("[", 403),
+        ("", 403),
+    ],
+)
+async def test_a_page_whose_name_came_to_mean_this_machine_reads_nothing(port: Port, host: str, status: int) -> None:
+    """DNS rebinding: the browser is on this machine, and the page's own name leads here."""
+    reader, writer = await asyncio.open_connection(*port.serving.addresses[0])
+    writer.write(f"GET /api/v1/incidents HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    assert int((await reader.read()).split()[1]) == status
+    writer.close()
