@@ -267,11 +267,16 @@ class Runner:
         plan = book.plan
         for i, step in enumerate(plan.steps):
             while book.states[i] is _S.PLANNED:
-                if stop := self._why_not(book, i, cancelled):
+                stop, snapshot, remark = self._why_not(book, i, cancelled), "", ""
+                if stop is None:
+                    # The snapshot takes its time, in which somebody may pause or the alert resolve: asked again.
+                    snapshot, remark = await self._snapshot(book.plan, i)
+                    stop = self._why_not(book, i, cancelled)
+                if stop is not None:
                     after, reason, book.refusal = stop
                     await self._close_planned(book, after, reason)
                 else:
-                    await self._perform(book, i)
+                    await self._perform(book, i, snapshot, remark)
             if book.states[i] is _S.RAN and step.read_only:
                 await book.move(i, _S.VERIFIED, "read-only: there is nothing to verify")
                 await self._conclude(book, i, ok=True)
@@ -334,12 +339,11 @@ class Runner:
 
     # -- one step
 
-    async def _perform(self, book: _Book, i: int) -> None:
+    async def _perform(self, book: _Book, i: int, snapshot: str, remark: str) -> None:
         """planned -> intent -> ran | failed; where the sandbox itself fails, what `_settle` finds."""
         step = book.plan.steps[i]
         await self._begin_calls(book, i)
         failpoint("runner_before_intent")
-        snapshot, remark = await self._snapshot(book.plan, i)
         leaf = self._sandbox.leaf_name()
         await book.move(i, _S.INTENT, remark, leaf=leaf, snapshot=snapshot)
         failpoint("runner_after_intent")

@@ -355,7 +355,7 @@ class App:
         disk = _disk(self.config.state_dir)
         capability = sandbox.current()
         return {
-            "ready": not journal.unavailable,
+            "ready": not journal.unavailable and not self.store.stopped,
             "draining": self._draining,
             "version": __version__,
             "disk": disk,
@@ -365,7 +365,7 @@ class App:
                 "segments": journal.segments,
                 "lag_bytes": journal.backlog_bytes,
                 "lag_seconds": journal.lag_seconds,
-                "unavailable": journal.unavailable,
+                "unavailable": journal.unavailable or self.store.stopped,
                 "torn": journal.torn,
             },
             "queue": {

@@ -213,6 +213,11 @@ class Store:
 
     # -- the rest
 
+    @property
+    def stopped(self) -> str:
+        """Why no record is taken any more until a restart (see StateBehind); "" while they are."""
+        return f"the state stopped at record {self._state.seq}: it could not be applied" if self._applying else ""
+
     def health(self) -> WalHealth:
         return self._wal.health()
 

@@ -52,6 +52,28 @@ class Bench:
         return await self.runner.recover(made, moves, self.cancelled)
 
 
+@pytest.mark.parametrize("how", ["resolved", "paused"])
+async def test_what_happens_while_the_snapshot_is_taken_still_stops_the_step(how: str) -> None:
+    paused = False
+
+    async def snapshot(_: Plan, __: int) -> str:
+        nonlocal paused
+        if how == "resolved":
+            bench.cancelled.set()
+        else:
+            paused = True
+        return "a.snap"
+
+    def permit(_: Plan, __: int) -> Declined | None:
+        return Declined(reason=Refusal.PAUSED, detail="paused") if paused else None
+
+    bench = Bench(permit=permit, snapshot=snapshot)
+    outcome = await bench.run(plan())
+    assert bench.ledger.path(0) == "planned cancelled"
+    assert outcome.refusal is (Refusal.PAUSED if how == "paused" else Refusal.RESOLVED_BEFORE_START)
+    assert bench.sandbox.programs() == []
+
+
 async def test_a_good_step_goes_straight_through() -> None:
     bench = Bench()
     outcome = await bench.run(plan())
@@ -176,8 +198,9 @@ async def test_an_alert_that_resolved_stops_what_has_not_begun() -> None:
 async def test_an_alert_that_resolves_between_steps_leaves_the_first_to_verification() -> None:
     bench = Bench()
 
-    async def resolve(_: Plan, __: int) -> str:
-        bench.cancelled.set()
+    async def resolve(_: Plan, i: int) -> str:
+        if i == 1:
+            bench.cancelled.set()
         return ""
 
     bench.runner._settings = RunnerSettings(snapshot=resolve)
