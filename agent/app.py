@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import shutil
 import signal
 import ssl
@@ -60,6 +61,8 @@ LOW_DISK_BYTES = 64 * 1024 * 1024
 async def serve(config: Config, ready: Callable[[str], None] | None = None) -> int:
     """Runs until SIGTERM or SIGINT. Returns the exit code. `ready(address)` is called once the port listens."""
     log.configure(config.log.format, config.log.level)
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every connection takes one; the sandbox sets its own
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

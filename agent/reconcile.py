@@ -41,7 +41,9 @@ async def reconcile(config: Alertmanager, store: Store, intake: Intake, now: flo
     before = _firing(store.state, tenant)
     held = await _held(config)
     firing = {str(entry.get("fingerprint", "")): entry for entry in held}
-    fresh = [entry for entry in firing.values() if not _is_known(store.state, tenant, entry)]
+    # What is silenced or inhibited would not be sent, so it is no news; but it is held, so it has not resolved either.
+    sent = [entry for entry in firing.values() if _state(entry) == "active"]
+    fresh = [entry for entry in sent if not _is_known(store.state, tenant, entry)]
     new, problems = 0, list[str]()
     for (receiver, name), entries in _grouped(fresh).items():
         body = orjson.dumps(
@@ -75,6 +77,11 @@ async def reconcile(config: Alertmanager, store: Store, intake: Intake, now: flo
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ReconcileError(f"reconcile with {config.url}: {problems[0]}{more}; the others were taken")
     return new, len(gone)
+
+
+def _state(entry: Mapping[str, Any]) -> str:
+    status = entry.get("status")
+    return str(status.get("state", "")) if isinstance(status, dict) else ""
 
 
 def _is_known(state: State, tenant: str, entry: Mapping[str, Any]) -> bool:
@@ -149,9 +156,9 @@ def _grouped(entries: list[Mapping[str, Any]]) -> dict[tuple[str, str], list[dic
 
 
 async def _held(config: Alertmanager) -> list[Mapping[str, Any]]:
-    """The alerts that Alertmanager holds to be active and would send: neither silenced nor inhibited."""
+    """The alerts that Alertmanager holds, also those that a silence or an inhibition keeps from being sent."""
     url = yarl.URL(config.url) / "api/v2/alerts"
-    query = {"active": "true", "silenced": "false", "inhibited": "false", "unprocessed": "false"}
+    query = {"active": "true", "silenced": "true", "inhibited": "true", "unprocessed": "true"}
     headers: dict[str, str] = {}
     if config.bearer_token_file is not None:
         headers["Authorization"] = f"Bearer {config.bearer_token_file.current()}"

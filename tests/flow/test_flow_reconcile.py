@@ -28,7 +28,8 @@ def entry(name: str, starts_at: str = "2027-01-15T07:59:00.000Z", **more: Any) -
     """An alert in the shape of the v2 API. The default start is the one that `World.alert` gives: NOW - 60."""
     labels = {"alertname": name, "service": "front"}
     receivers = [{"name": "r"}]
-    return {"fingerprint": name, "labels": labels, "startsAt": starts_at, "receivers": receivers, **more}
+    held = {"fingerprint": name, "labels": labels, "startsAt": starts_at, "receivers": receivers}
+    return {**held, "status": {"state": "active"}, **more}
 
 
 async def ask(
@@ -76,3 +77,10 @@ async def test_an_alert_that_cannot_be_understood_holds_up_no_other(world: World
     status = {a.name: a.status for a in world.incident(gone).alerts.values()}
     assert status == {"Gone": "resolved", "Good": "firing"}
     assert world.store.state.quarantined_count == 1
+
+
+async def test_a_silenced_alert_is_neither_news_nor_gone(world: World) -> None:
+    id = await world.alert(name="Known")
+    silenced = {"status": {"state": "suppressed"}}
+    assert await ask(world, [entry("Known", **silenced), entry("Other", **silenced)]) == (0, 0)
+    assert {a.name: a.status for a in world.incident(id).alerts.values()} == {"Known": "firing"}
