@@ -47,15 +47,15 @@ class Candidate:
     parts: FloatArray  # log ratios by column of the model
 
 
-def diagnose(situation: Situation, packs: PackSet) -> Diagnosis:
-    """The three best explained root causes, or `insufficient_evidence` when none stands clear. Never raises on data:
+def diagnose(situation: Situation, packs: PackSet, limit: int = TOP) -> Diagnosis:
+    """The `limit` best explained root causes, or `insufficient_evidence` when none stands clear. Never raises on data:
     NaN, empty, constant or duplicate series and missing evidence are all situations."""
     observer = observe(situation, packs)
     ranked = weigh(observer)
     clear = bool(ranked) and ranked[0].posterior >= CLEAR_POSTERIOR
     if clear and len(ranked) > 1:
         clear = ranked[0].posterior - ranked[1].posterior >= CLEAR_MARGIN
-    hypotheses = tuple(_hypothesis(c, observer, propose=clear) for c in ranked[:TOP])
+    hypotheses = tuple(_hypothesis(c, observer, propose=clear) for c in ranked[:limit])
     missing = {name: clean(reason, 300) for name, reason in sorted(situation.missing().items())}
     return Diagnosis(
         verdict="ranked" if clear else "insufficient_evidence",

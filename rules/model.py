@@ -232,7 +232,7 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     are then what was considered, and propose nothing."""
 
     verdict: Literal["ranked", "insufficient_evidence"]
-    hypotheses: tuple[Hypothesis, ...] = ()  # best first, at most three
+    hypotheses: tuple[Hypothesis, ...] = ()  # best first; three unless more were asked for
     candidates: int = 0  # how many were weighed
     missing: dict[str, str] = {}  # evidence that did not arrive: name -> reason
     sentence: str = ""
