@@ -27,6 +27,7 @@ from rules.packs import PackSet, Signal, State
 
 WEAK = 3.0
 STRONG = 6.0
+CROSSED = 2.0  # scales by which a saturation must have moved to its limit
 COLLAPSE = 0.1  # a rate at a tenth of its baseline has stopped
 MIN_BASELINE = 3  # fewer normal samples are no baseline
 TAIL_FROM = 200  # so many normal samples tell what one in a hundred is like: no change is weaker than that
@@ -317,7 +318,7 @@ def _state(signal: Signal, z: float, level: float, baseline: float, based: bool,
         beyond = level <= signal.limit if signal.bad == "down" else level >= signal.limit
         was = based and (baseline <= signal.limit if signal.bad == "down" else baseline >= signal.limit)
         if beyond:
-            if based and z < WEAK:
+            if based and z < CROSSED:
                 return "absent"  # it crossed the limit, but no further than it moves anyway
             return "weak" if was else "strong"
         if signal.kind == "saturation":
