@@ -6,16 +6,15 @@ because a live incident and a recording are the same thing: `write_recording` th
 
 One directory an incident:
 
-| file | content |
-|---|---|
-| alert.json | webhook payload, version 4. `labels.service` is the entry service, `startsAt` the onset |
-| series.csv.gz | wide table: `time` (unix seconds), then one column a series in Prometheus notation; empty: no
-sample. Rows | | | before the onset are the normal window, the others the abnormal one | | topology.json |
-`{"edges": [[caller, callee], ...], "kinds": {service: kind}}`; kinds are optional | | changes.json | optional:
-`{"releases": [], "commits": [], "deploys": [], "flags": []}`, objects that become facts | | facts.json | optional:
-`[{"evidence", "kind", "subject", "service", "attributes"}, ...]` | | missing.json | optional: `{evidence: reason}`
-of what could not be had | | situation.json | optional: what the other files have no place for (see `_Meta`), so
-that nothing is lost |
+* alert.json: webhook payload, version 4. `labels.service` is the entry service, `startsAt` the onset.
+* series.csv.gz: wide table, `time` (unix seconds), then one column a series in Prometheus notation; empty: no sample.
+  Rows before the onset are the normal window, the others the abnormal one.
+* topology.json: `{"edges": [[caller, callee], ...], "kinds": {service: kind}}`; kinds are optional.
+* traces.jsonl.gz, logs.jsonl.gz: optional, one span or log record a line; read, not written.
+* changes.json: optional, `{"releases": [], "commits": [], "deploys": [], "flags": []}`, objects that become facts.
+* facts.json: optional, `[{"evidence", "kind", "subject", "service", "attributes"}, ...]`.
+* missing.json: optional, `{evidence: reason}` of what could not be had.
+* situation.json: optional, what the other files have no place for (see `_Meta`), so that nothing is lost.
 
 Without situation.json every metric is an `Evidence` of its own, with source `recorded`, and `until` is the last row.
 """
@@ -157,6 +156,7 @@ def read_recording(directory: Path, tenant: str = "default") -> Situation:
         raise RecordingError(
             f"{directory / 'situation.json'}: names a column or row that series.csv.gz lacks"
         ) from error
+    evidence += tuple(Evidence(name, "recorded", missing=reason) for name, reason in partial)
     alerts = tuple(
         msgspec.structs.replace(alert, digest=digest, tenant=meta.tenant)
         for alert, digest in zip(alerts, meta.digests, strict=True)
