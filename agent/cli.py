@@ -144,6 +144,11 @@ def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
         commands, common, "evaluate", _evaluate, "measure the accuracy of diagnosis on recordings with known causes"
     )
     made.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="a recording, a set of them, or several sets")
+    made.add_argument(
+        "--cross",
+        action="store_true",
+        help="also with likelihoods counted from other services, and other systems, only",
+    )
     made.add_argument("--misses", action="store_true", help="also list every case whose first answer was wrong")
 
 
@@ -302,7 +307,13 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from agent.commands import diagnose
 
-    return diagnose.evaluate(_config(arguments), tuple(arguments.dirs), as_json=arguments.json, misses=arguments.misses)
+    return diagnose.evaluate(
+        _config(arguments),
+        tuple(arguments.dirs),
+        as_json=arguments.json,
+        misses=arguments.misses,
+        cross=arguments.cross,
+    )
 
 
 def _check_config(arguments: argparse.Namespace) -> int:

@@ -54,7 +54,12 @@ def diagnose(situation: Situation, packs: PackSet, limit: int = TOP) -> Diagnosi
     """The `limit` best explained root causes, or `insufficient_evidence` when "something we have no name for" is as
     likely as all of them. Only a hypothesis that stands clear proposes anything. Never raises on data: NaN, empty,
     constant or duplicate series and missing evidence are all situations."""
-    observer = observe(situation, packs)
+    return conclude(observe(situation, packs), limit)
+
+
+def conclude(observer: Observer, limit: int = TOP) -> Diagnosis:
+    """The diagnosis of a situation that was observed already."""
+    situation, packs = observer.situation, observer.packs
     ranked = weigh(observer)
     clear = bool(ranked) and ranked[0].posterior >= CLEAR_POSTERIOR
     if clear and len(ranked) > 1:

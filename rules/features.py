@@ -5,7 +5,7 @@ For every series, robustly against its own normal window:
 
     baseline  median of the normal samples (quiet windows and the last sixth left out, see `_normal`)
     scale     max(IQR / 1.35, 5 % of |baseline|, sd / 4, the signal's floor) * (1 + 2 / samples); with 200 samples or
-              more also a third of what one sample in a hundred deviates
+              more also a third of what one sample in twenty deviates
     level     the value held for at least half of the abnormal window, not its maximum (ages and steady growth: of its
               last third); the first samples, which may still be normal, are left out
     z         (level - baseline) / scale, signed so that positive is the bad direction
@@ -30,7 +30,7 @@ STRONG = 6.0
 CROSSED = 2.0  # scales by which a saturation must have moved to its limit
 COLLAPSE = 0.1  # a rate at a tenth of its baseline has stopped
 MIN_BASELINE = 3  # fewer normal samples are no baseline
-TAIL_FROM = 200  # so many normal samples tell what one in a hundred is like: no change is weaker than that
+TAIL_FROM = 200  # so many normal samples tell what one in twenty is like: nothing smaller, held, is a change
 GUARD_FROM = 12  # so many normal samples before the last sixth is given up
 _STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # kinds whose absence means none
 _UP, _DOWN = 1.0, -1.0

@@ -58,12 +58,13 @@ def _tell_hypothesis(rank: int, hypothesis: Hypothesis) -> None:
             say(f"     {c.log_odds:+6.2f}  {c.evidence} is {c.state}: {c.text}")
 
 
-def evaluate(config: Config, directories: tuple[Path, ...], *, as_json: bool, misses: bool) -> Exit:
-    """Accuracy over all recordings under the directories."""
+def evaluate(config: Config, directories: tuple[Path, ...], *, as_json: bool, misses: bool, cross: bool) -> Exit:
+    """Accuracy over all recordings under the directories; with `cross` also of likelihoods counted from other cases."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from agent import evaluate as scoring
+    from agent.crossval import cross_validate
     from agent.packs import load_packs
     from agent.sources.recorded import RecordingError
 
@@ -73,17 +74,23 @@ def evaluate(config: Config, directories: tuple[Path, ...], *, as_json: bool, mi
     try:
         cases = scoring.find_cases(directories)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("diagnosing", total=len(cases))
-            scored = scoring.evaluate(
-                cases, packs, lambda case: bar.update(task, advance=1, description=printable(case.set))
-            )
+            task = bar.add_task("diagnosing", total=len(cases) * (2 if cross else 1))
+
+            def advance(case: scoring.Case) -> None:
+                bar.update(task, advance=1, description=printable(case.set))
+
+            scored = scoring.evaluate(cases, packs, advance)
+            crossed = cross_validate(cases, packs, advance) if cross else {}
     except RecordingError as error:
         raise CommandError(str(error), "evaluate needs directories of recordings, each with truth.json") from error
     found = scoring.report(scored)
     if as_json:
-        emit_json(found)
+        emit_json(found | ({"cross": crossed} if cross else {}))
         return Exit.OK
     _tables(found)
+    for left_out, figures in crossed.items():
+        say(f"\nlikelihoods counted anew, leaving out every case of the same {left_out}:\n", lines=True)
+        _tables(figures)
     if misses:
         _misses(scored)
     return Exit.OK
@@ -108,7 +115,8 @@ def _tables(found: dict[str, Any]) -> None:
         table([("fault-free cases of", "specificity"), *shares], empty="")
     of = found["calibration"]
     if of["cases"]:
-        say(f"\ncalibration over {of['cases']} first answers: Brier {of['brier']:.3f}, ECE {of['ece']:.3f}")
+        say("")
+        say(f"calibration over {of['cases']} first answers: Brier {of['brier']:.3f}, ECE {of['ece']:.3f}")
 
 
 def _misses(scored: tuple[Any, ...]) -> None:
