@@ -60,6 +60,12 @@ class _Grid:
 
 def derived_findings(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
     """Findings of every derived signal whose ingredients are there, ordered by series."""
+    with np.errstate(all="ignore"):  # what overflows is no number, and `measure` takes that for no sample
+        found = _derived(situation, packs)
+    return tuple(found[s] for s in sorted(found, key=lambda s: (s.metric, s.labels)))
+
+
+def _derived(situation: Situation, packs: PackSet) -> dict[SeriesId, Finding]:
     derived = {name: s for name, s in packs.signals.items() if s.derive is not None}
     found: dict[SeriesId, Finding] = {}
     for frame in frames_of(situation.evidence, packs) if derived else ():
@@ -85,7 +91,7 @@ def derived_findings(situation: Situation, packs: PackSet) -> tuple[Finding, ...
                 found[finding.series] = finding
     for finding in trace_findings(situation, derived):
         found.setdefault(finding.series, finding)
-    return tuple(found[s] for s in sorted(found, key=lambda s: (s.metric, s.labels)))
+    return found
 
 
 def _measured(

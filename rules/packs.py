@@ -360,6 +360,8 @@ def _check_pack(pack: Pack, faults: list[Fault]) -> None:
             faults.append(Fault(("signals", name, "floor"), "must be a positive number"))
         if signal.kind == "saturation" and signal.limit is None:
             faults.append(Fault(("signals", name, "limit"), "a saturation needs its limit"))
+        if signal.derive is not None:
+            _check_derivation(signal, signal.derive, ("signals", name), faults)
     for name, cause in pack.causes.items():
         _check_cause(cause, ("causes", name), faults)
     for name, rule in pack.rules.items():
@@ -430,6 +432,25 @@ def _check_rule(rule: Rule, path: tuple[str | int, ...], faults: list[Fault]) ->
             faults.append(Fault((*path, "when", i, "where", "kind"), "missing"))
     if rule.then.service.startswith("$") and rule.then.service not in bound:
         faults.append(Fault((*path, "then", "service"), f"{rule.then.service} is bound by no condition"))
+
+
+_INGREDIENTS = {
+    "own": ("of", "traffic"),
+    "share": ("of",),
+    "difference": ("of", "minus"),
+    "calls": ("traffic",),
+    "per_request": ("of", "traffic"),
+}
+
+
+def _check_derivation(signal: Signal, derive: Derivation, path: tuple[str | int, ...], faults: list[Fault]) -> None:
+    for key in _INGREDIENTS.get(derive.kind, ()):
+        if not getattr(derive, key):
+            faults.append(Fault((*path, "derive", key), f"{derive.kind} cannot be computed without it"))
+    if derive.kind == "calls" and not signal.peer:
+        faults.append(Fault((*path, "peer"), "calls need the label that names the callee"))
+    if derive.full is not None and not (math.isfinite(derive.full) and derive.full > 0):
+        faults.append(Fault((*path, "derive", "full"), "must be a positive number"))
 
 
 def _check_references(pack: Pack, known: PackSet, faults: list[Fault]) -> None:

@@ -56,8 +56,9 @@ def trace_findings(situation: Situation, signals: Mapping[str, Signal]) -> list[
     found: list[Finding] = []
     worst: dict[str, _Break] | None = None
     slow: set[str] = set()
-    for name, signal in sorted(signals.items()):  # call_gap comes before log_*
-        kind = signal.derive.kind if signal.derive is not None else ""
+    kinds = {name: s.derive.kind for name, s in signals.items() if s.derive is not None}
+    for name in sorted(kinds, key=lambda n: (kinds[n] != "call_gap", n)):  # slow calls explain broken flow
+        signal, kind = signals[name], kinds[name]
         if kind == "call_gap":
             gaps = _gaps(name, signal, spans, situation)
             slow |= {f.service for f in gaps if f.state == "strong"}

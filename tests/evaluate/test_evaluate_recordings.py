@@ -1,4 +1,4 @@
-"""Accuracy floors on the public recordings, where they are at hand: ALERTMEDIC_RECORDINGS names their directory, else
+"""Accuracy floors on the public recordings, where they are at hand: RCA_RECORDINGS names their directory, else
 they are looked for beside the checkout. Floors lie below what is measured (docs/diagnosis.md): only a loss fails."""
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from agent.packs import load_packs
 from agent.sources.recorded import read_recording
 from rules.diagnose import diagnose
 
-ROOT = Path(os.environ.get("ALERTMEDIC_RECORDINGS") or Path(__file__).parents[3] / "shared" / "rca")
+ROOT = Path(os.environ.get("RCA_RECORDINGS") or Path(__file__).parents[3] / "shared" / "rca")
 SETS = ("petshop", "trainticket", "onlineboutique", "sockshop", "nofault")
 pytestmark = pytest.mark.skipif(
-    not all((ROOT / name).is_dir() for name in SETS), reason="no recordings; set ALERTMEDIC_RECORDINGS"
+    not all((ROOT / name).is_dir() for name in SETS), reason="no recordings; set RCA_RECORDINGS"
 )
 # AC@1 and AC@3 by service, AC@1 by (service, fault type). The best published method on the same cases: petshop .692,
 # trainticket .917, onlineboutique .750 (metrics only), sockshop 1.

@@ -337,3 +337,37 @@ class TestShipped:
         for name, cause in packs.causes.items():
             assert cause.runbook == f"docs/packs.md#{name.replace('.', '')}"
             assert f"### {name}\n" in text, name
+
+
+class TestDerived:
+    @pytest.mark.parametrize(
+        ("derive", "said"),
+        [
+            ({"kind": "own", "of": ["lag_seconds"]}, "derive.traffic: own cannot be computed without it"),
+            ({"kind": "share"}, "derive.of: share cannot be computed without it"),
+            ({"kind": "difference", "of": ["lag_seconds"]}, "derive.minus"),
+            ({"kind": "calls", "traffic": ["lag_seconds"]}, "peer: calls need the label"),
+            ({"kind": "own", "of": ["lag_seconds"], "traffic": ["lag_seconds"], "full": 0}, "derive.full"),
+            ({"kind": "guess"}, "derive.kind"),
+        ],
+    )
+    def test_what_cannot_be_computed_is_refused(self, derive: dict[str, Any], said: str) -> None:
+        data = copy.deepcopy(GOOD)
+        data["signals"]["made"] = {"kind": "level", "bad": "up", "floor": 1, "group": "lag", "derive": derive}
+        with pytest.raises(PackError, match=said):
+            parse_pack(data, "mine.yaml")
+
+    def test_ingredients_must_exist_and_nothing_asks_for_what_is_derived(self) -> None:
+        data = copy.deepcopy(GOOD)
+        data["signals"]["made"] = {
+            "kind": "level",
+            "bad": "up",
+            "floor": 1,
+            "group": "lag",
+            "derive": {"kind": "share", "of": ["nothing"]},
+        }
+        data["queries"]["made"] = "made{$scope}"
+        with pytest.raises(PackError) as caught:
+            PackSet.of([parse_pack(data, "mine.yaml")])
+        assert "unknown signal nothing" in str(caught.value)
+        assert "is derived from other signals" in str(caught.value)
