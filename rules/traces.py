@@ -33,16 +33,18 @@ MAX_LINES = 400  # templates of one operation that are compared; the most freque
 _IDS = re.compile(r"\b(?:trace|span)_?id\W{0,3}\S+\s*", re.IGNORECASE)
 _HEAD = re.compile(r"^[\dTZ:.,/+ \-]{8,}")  # a time at the head
 _SEVERITY = re.compile(r"^\W*(?:TRACE|DEBUG|INFO|NOTICE|WARN(?:ING)?|ERROR|FATAL|CRITICAL)\b[\W_]*", re.IGNORECASE)
+_VALUE = re.compile(r"[:=：]")
 _NUMBER = re.compile(r"(?<![#\w])(?:0x)?[0-9a-f]*\d[\w.\-]*", re.IGNORECASE)
+_LOOKED_AT = 400  # characters of a message: identities and time at its head, and the template
 _TEMPLATE_CHARS = 100
 
 
 def template_of(message: str) -> str:
     """The constant part of a log message: without time, severity and identities, up to the first value (`:`, `=`), and
     numbers masked but for line numbers (`File#12`)."""
-    text = _SEVERITY.sub("", _HEAD.sub("", message[:2000]))
+    text = _SEVERITY.sub("", _HEAD.sub("", message[:_LOOKED_AT]))
     text = _IDS.sub("", text)
-    head = re.split(r"[:=：]", text, maxsplit=1)[0]
+    head = _VALUE.split(text, maxsplit=1)[0]
     if len(head.split()) < 2:
         head = text
     return _NUMBER.sub("*", head)[:_TEMPLATE_CHARS].strip()

@@ -8,6 +8,7 @@ left out and said.
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ from rules.traces import template_of
 
 MAX_LINES = 1_000_000  # of one file
 MAX_LINE_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 18
 _ERRORS = frozenset({"ERROR", "ERR", "FATAL", "CRITICAL", "SEVERE", "PANIC", "ALERT", "EMERG"})
 _T = TypeVar("_T")
+SpanRows = dict[tuple[str, str], int]  # row of each (trace, span), so that a log line finds the span that wrote it
 
 
 class _Span(msgspec.Struct, frozen=True):
@@ -45,24 +48,12 @@ class _Line(msgspec.Struct, frozen=True):
     severity: str | None = None
 
 
-class _Names:
+class _Names(dict[str, int]):
     """Numbers names in the order of their first appearance."""
 
-    def __init__(self) -> None:
-        self._codes: dict[str, int] = {}
-
-    def code(self, name: str) -> int:
-        return self._codes.setdefault(name, len(self._codes))
-
-    def all(self) -> tuple[str, ...]:
-        return tuple(self._codes)
-
-
-class SpanRows:
-    """Where each (trace, span) stands among the rows, so that log lines find the span that wrote them."""
-
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, str], int] = {}
+    def __missing__(self, name: str) -> int:
+        self[name] = number = len(self)
+        return number
 
 
 def read_spans(path: Path) -> tuple[Spans, SpanRows, bool]:
@@ -78,18 +69,16 @@ def read_spans(path: Path) -> tuple[Spans, SpanRows, bool]:
             cut = True
             break
         key = (span.trace_id, span.span_id)
-        if key in at.rows:
+        if key in at:
             continue
-        at.rows[key] = len(numbers)
-        numbers.append(
-            (services.code(span.service), operations.code(span.operation), span.start, span.duration_ms / 1000.0)
-        )
+        at[key] = len(numbers)
+        numbers.append((services[span.service], operations[span.operation], span.start, span.duration_ms / 1000.0))
         parents.append(None if span.parent_id is None else (span.trace_id, span.parent_id))
     table = np.array(numbers, dtype=np.float64).reshape(-1, 4)
-    rows = np.fromiter((-1 if p is None else at.rows.get(p, -1) for p in parents), dtype=np.intp, count=len(parents))
+    rows = np.fromiter((-1 if p is None else at.get(p, -1) for p in parents), dtype=np.intp, count=len(parents))
     spans = Spans(
-        services=services.all(),
-        operations=operations.all(),
+        services=tuple(services),
+        operations=tuple(operations),
         service=table[:, 0].astype(np.intp),
         operation=table[:, 1].astype(np.intp),
         parent=rows,
@@ -108,13 +97,13 @@ def read_logs(path: Path, at: SpanRows) -> tuple[Logs, bool]:
         if len(numbers) >= MAX_LINES:
             cut = True
             break
-        span = at.rows.get((line.trace_id, line.span_id), -1) if line.trace_id and line.span_id else -1
+        span = at.get((line.trace_id, line.span_id), -1) if line.trace_id and line.span_id else -1
         error = (line.severity or "").upper() in _ERRORS
-        numbers.append((services.code(line.service), templates.code(template_of(line.message)), span, line.time, error))
+        numbers.append((services[line.service], templates[template_of(line.message)], span, line.time, error))
     table = np.array(numbers, dtype=np.float64).reshape(-1, 5)
     logs = Logs(
-        services=services.all(),
-        templates=templates.all(),
+        services=tuple(services),
+        templates=tuple(templates),
         service=table[:, 0].astype(np.intp),
         template=table[:, 1].astype(np.intp),
         span=table[:, 2].astype(np.intp),
@@ -128,7 +117,7 @@ def _lines(path: Path, kind: type[_T]) -> Iterator[_T]:
     decoder = msgspec.json.Decoder(kind)
     number = 0
     try:
-        with gzip.open(path) as packed:
+        with gzip.open(path) as unpacked, io.BufferedReader(unpacked, BUFFER_BYTES) as packed:
             while line := packed.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
