@@ -149,6 +149,13 @@ def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also with likelihoods counted from other services, and other systems, only",
     )
+    made.add_argument(
+        "--unlicensed",
+        action="append",
+        default=[],
+        metavar="SET",
+        help="with --cross: never count this set (repeatable)",
+    )
     made.add_argument("--misses", action="store_true", help="also list every case whose first answer was wrong")
 
 
@@ -313,6 +320,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
         misses=arguments.misses,
         cross=arguments.cross,
+        unlicensed=tuple(arguments.unlicensed),
     )
 
 

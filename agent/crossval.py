@@ -2,7 +2,7 @@
 
 Called by `alertmedic evaluate --cross`. Every case is observed once; then it is diagnosed twice with likelihoods
 counted from other cases only (`rules.learn`): from all but those with the same true service, and from other systems
-alone. Sets named in `unlicensed` are never learned from; a cause of which no other case exists at all keeps its table.
+alone. Sets named in `unlicensed` (no license allows learning from them) are never learned from; a cause of which no other case exists at all keeps its table.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from rules.diagnose import conclude, observe
 from rules.evidence import Observer
 from rules.learn import Counts, count, refit
 from rules.packs import PackSet
-
-UNLICENSED = ("sockshop",)  # recordings without a license that allows learning from them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +35,7 @@ def cross_validate(
     cases: Sequence[Case],
     packs: PackSet,
     progress: Callable[[Case], None] = lambda _: None,
-    unlicensed: Collection[str] = UNLICENSED,
+    unlicensed: Collection[str] = (),
 ) -> dict[str, Any]:
     """`{"service": report, "system": report}`, as `agent.evaluate.report` gives them. Raises RecordingError."""
     known: list[_Known] = []

@@ -58,7 +58,15 @@ def _tell_hypothesis(rank: int, hypothesis: Hypothesis) -> None:
             say(f"     {c.log_odds:+6.2f}  {c.evidence} is {c.state}: {c.text}")
 
 
-def evaluate(config: Config, directories: tuple[Path, ...], *, as_json: bool, misses: bool, cross: bool) -> Exit:
+def evaluate(
+    config: Config,
+    directories: tuple[Path, ...],
+    *,
+    as_json: bool,
+    misses: bool,
+    cross: bool,
+    unlicensed: tuple[str, ...] = (),
+) -> Exit:
     """Accuracy over all recordings under the directories; with `cross` also of likelihoods counted from other cases."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -80,7 +88,7 @@ def evaluate(config: Config, directories: tuple[Path, ...], *, as_json: bool, mi
                 bar.update(task, advance=1, description=printable(case.set))
 
             scored = scoring.evaluate(cases, packs, advance)
-            crossed = cross_validate(cases, packs, advance) if cross else {}
+            crossed = cross_validate(cases, packs, advance, unlicensed) if cross else {}
     except RecordingError as error:
         raise CommandError(str(error), "evaluate needs directories of recordings, each with truth.json") from error
     found = scoring.report(scored)

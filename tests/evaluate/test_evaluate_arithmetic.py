@@ -179,6 +179,9 @@ def test_the_commands(recordings: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["evaluate", str(recordings), "--json"]) == 0
     sets = json.loads(capsys.readouterr().out)["sets"]
     assert set(sets) == {"shop", "nofault"}
+    assert main(["evaluate", str(recordings), "--json", "--cross", "--unlicensed", "shop"]) == 0
+    crossed = json.loads(capsys.readouterr().out)["cross"]
+    assert crossed["system"]["sets"]["shop"]["cases"] == 2
     assert main(["evaluate", str(recordings / "shop"), "--misses"]) == 0
     shown = capsys.readouterr()
     assert "AC@1" in shown.out
