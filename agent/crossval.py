@@ -2,7 +2,8 @@
 
 Called by `alertmedic evaluate --cross`. Every case is observed once; then it is diagnosed twice with likelihoods
 counted from other cases only (`rules.learn`): from all but those with the same true service, and from other systems
-alone. Sets named in `unlicensed` (no license allows learning from them) are never learned from; a cause of which no other case exists at all keeps its table.
+alone. Sets named in `unlicensed` (no license allows learning from them) are never counted; a cause of which no other
+case exists at all keeps its table.
 """
 
 from __future__ import annotations
