@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--config", metavar="FILE", type=Path, help="configuration (default: $ALERTMEDIC_CONFIG)")
     common.add_argument("--state-dir", metavar="DIR", help="state directory, instead of the configured one")
     common.add_argument("--json", action="store_true", help="print JSON")
-    for add in (_serving, _looking, _deciding, _checking, _catalogues, _exploring):
+    for add in (_serving, _looking, _deciding, _diagnosing, _checking, _catalogues, _exploring):
         add(commands, common)
     return top
 
@@ -134,6 +134,29 @@ def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
     breakers.add_argument("reset", nargs="?", choices=["reset"], help="close the breaker KEY")
     breakers.add_argument("key", nargs="?", default="", metavar="KEY", help="ACTION or ACTION|TARGET")
     breakers.add_argument("--note", default="", help="kept in the journal")
+
+
+def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
+    made = _add(commands, common, "diagnose", _diagnose, "rank the causes of recorded incidents")
+    made.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help="a recording's directory")
+    made.add_argument("--limit", type=_count, default=0, help="at most so many hypotheses (default: three)")
+    made = _add(
+        commands, common, "evaluate", _evaluate, "measure the accuracy of diagnosis on recordings with known causes"
+    )
+    made.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="a recording, a set of them, or several sets")
+    made.add_argument(
+        "--cross",
+        action="store_true",
+        help="also with likelihoods counted from other services, and other systems, only",
+    )
+    made.add_argument(
+        "--unlicensed",
+        action="append",
+        default=[],
+        metavar="SET",
+        help="with --cross: never count this set (repeatable)",
+    )
+    made.add_argument("--misses", action="store_true", help="also list every case whose first answer was wrong")
 
 
 def _checking(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -280,6 +303,25 @@ def _breakers(arguments: argparse.Namespace) -> int:
     from agent.commands import look
 
     return look.breakers(_state_dir(arguments), as_json=arguments.json)
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from agent.commands import diagnose
+
+    return diagnose.diagnose(_config(arguments), tuple(arguments.recordings), arguments.limit, as_json=arguments.json)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from agent.commands import diagnose
+
+    return diagnose.evaluate(
+        _config(arguments),
+        tuple(arguments.dirs),
+        as_json=arguments.json,
+        misses=arguments.misses,
+        cross=arguments.cross,
+        unlicensed=tuple(arguments.unlicensed),
+    )
 
 
 def _check_config(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ order of its series, facts and edges, and the same ranking whatever the services
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Model, combined_confidence, posteriors
+from rules.derived import derived_findings
 from rules.engine import Matcher, graph_of, records_of
 from rules.evidence import NOTHING, Observation, Observer, clean, describe, describe_fact
 from rules.features import findings_of
@@ -22,6 +24,7 @@ from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
 
 CLEAR_POSTERIOR = 0.5  # more likely than everything else together
 CLEAR_MARGIN = 0.15
+NAMED_AT_ALL = 0.5  # posterior of all candidates together: more likely than the background
 TOP = 3
 _AUTONOMY = ("observe", "suggest", "approve", "auto")
 _FACT_WORDS = {
@@ -47,29 +50,37 @@ class Candidate:
     parts: FloatArray  # log ratios by column of the model
 
 
-def diagnose(situation: Situation, packs: PackSet) -> Diagnosis:
-    """The three best explained root causes, or `insufficient_evidence` when none stands clear. Never raises on data:
-    NaN, empty, constant or duplicate series and missing evidence are all situations."""
-    observer = observe(situation, packs)
+def diagnose(situation: Situation, packs: PackSet, limit: int = TOP) -> Diagnosis:
+    """The `limit` best explained root causes, or `insufficient_evidence` when "something we have no name for" is as
+    likely as all of them. Only a hypothesis that stands clear proposes anything. Never raises on data: NaN, empty,
+    constant or duplicate series and missing evidence are all situations."""
+    return conclude(observe(situation, packs), limit)
+
+
+def conclude(observer: Observer, limit: int = TOP) -> Diagnosis:
+    """The diagnosis of a situation that was observed already."""
+    situation, packs = observer.situation, observer.packs
     ranked = weigh(observer)
     clear = bool(ranked) and ranked[0].posterior >= CLEAR_POSTERIOR
     if clear and len(ranked) > 1:
         clear = ranked[0].posterior - ranked[1].posterior >= CLEAR_MARGIN
-    hypotheses = tuple(_hypothesis(c, observer, propose=clear) for c in ranked[:TOP])
+    ranked_at_all = math.fsum(c.posterior for c in ranked) > NAMED_AT_ALL
+    hypotheses = tuple(_hypothesis(c, observer, propose=clear) for c in ranked[:limit])
     missing = {name: clean(reason, 300) for name, reason in sorted(situation.missing().items())}
     return Diagnosis(
-        verdict="ranked" if clear else "insufficient_evidence",
+        verdict="ranked" if ranked_at_all else "insufficient_evidence",
         hypotheses=hypotheses,
         candidates=len(ranked),
         missing=missing,
-        sentence=_sentence(clear, hypotheses, missing),
+        sentence=_sentence(clear, ranked_at_all, hypotheses, missing),
         version=packs.version,
+        clear=clear,
     )
 
 
 def observe(situation: Situation, packs: PackSet) -> Observer:
     """Findings and call graph of a situation, ready to be asked about any node."""
-    findings = findings_of(situation, packs)
+    findings = (*findings_of(situation, packs), *derived_findings(situation, packs))
     return Observer(situation, packs, findings, graph_of(situation, packs, findings))
 
 
@@ -77,8 +88,10 @@ def weigh(observer: Observer) -> tuple[Candidate, ...]:
     """Every candidate that something speaks for, best first.
 
     A candidate is a cause that fits the kind of a node on a path from the entry service, was not pruned by a rule, and
-    has its defining evidence or a rule for it; all others stay with the background. Of equals the deeper comes first
-    (symptoms travel towards the caller), then what rests on the larger changes; names decide last.
+    has its defining evidence or a rule for it; all others stay with the background. Services come by what all of their
+    causes have together: one that is surely the place, though the fault may be either of two, comes first. Of equals
+    the deeper comes first (symptoms travel towards the caller), then what rests on the larger changes; names decide
+    last.
     """
     packs, graph = observer.packs, observer.graph
     model, matcher = compiled(packs)
@@ -113,9 +126,22 @@ def weigh(observer: Observer) -> tuple[Candidate, ...]:
                 parts=parts[i],
             )
         )
-    changes = {s: sum(f.z for f in observer.findings if f.service == s and f.bad) for s in graph.paths}
+    mass: dict[str, float] = {}
+    for candidate in sorted(candidates, key=lambda c: (c.posterior, c.cause)):  # in order of size: names change no bit
+        mass[candidate.service] = mass.get(candidate.service, 0.0) + candidate.posterior
+    changes = {s: math.fsum(f.z for f in observer.findings if f.service == s and f.bad) for s in graph.paths}
     return tuple(
-        sorted(candidates, key=lambda c: (-round(c.log_odds, 9), -len(c.path), c.cause, -changes[c.service], c.service))
+        sorted(
+            candidates,
+            key=lambda c: (
+                -round(mass[c.service], 9),
+                -round(c.log_odds, 9),
+                -len(c.path),
+                c.cause,
+                -changes[c.service],
+                c.service,
+            ),
+        )
     )
 
 
@@ -294,10 +320,13 @@ def _resolved(reference: Reference, candidate: Candidate, observer: Observer, se
     return seen.findings[0].series.label(name) or None if seen.findings else None
 
 
-def _sentence(clear: bool, hypotheses: tuple[Hypothesis, ...], missing: Mapping[str, str]) -> str:
+def _sentence(clear: bool, ranked: bool, hypotheses: tuple[Hypothesis, ...], missing: Mapping[str, str]) -> str:
     """The diagnosis in words, for the incident's story."""
     if clear:
         text = f"Most likely ({hypotheses[0].posterior * 100:.0f} %): {hypotheses[0].sentence}"
+    elif ranked and hypotheses:
+        told = [f"{h.title} at {h.service} ({h.posterior * 100:.0f} %)" for h in hypotheses[:3]]
+        text = f"Nothing stands clear. Most likely first: {'; '.join(told)}."
     elif hypotheses:
         best = hypotheses[0]
         text = "Insufficient evidence: nothing stands clear; the best of it "

@@ -4,7 +4,8 @@
 For every series, robustly against its own normal window:
 
     baseline  median of the normal samples (quiet windows and the last sixth left out, see `_normal`)
-    scale     max(IQR / 1.35, 5 % of |baseline|, sd / 4, the signal's floor) * (1 + 2 / samples)
+    scale     max(IQR / 1.35, 5 % of |baseline|, sd / 4, the signal's floor) * (1 + 2 / samples); with 200 samples or
+              more also a third of what one sample in twenty deviates
     level     the value held for at least half of the abnormal window, not its maximum (ages and steady growth: of its
               last third); the first samples, which may still be normal, are left out
     z         (level - baseline) / scale, signed so that positive is the bad direction
@@ -21,15 +22,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rules.model import Evidence, FloatArray, Frame, SeriesId, Situation
+from rules.model import BoolArray, Evidence, FloatArray, Frame, SeriesId, Situation
 from rules.packs import PackSet, Signal, State
-
-BoolArray = NDArray[np.bool_]
 
 WEAK = 3.0
 STRONG = 6.0
+CROSSED = 2.0  # scales by which a saturation must have moved to its limit
 COLLAPSE = 0.1  # a rate at a tenth of its baseline has stopped
 MIN_BASELINE = 3  # fewer normal samples are no baseline
+TAIL_FROM = 200  # so many normal samples tell what one in twenty is like: nothing smaller, held, is a change
 GUARD_FROM = 12  # so many normal samples before the last sixth is given up
 _STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # kinds whose absence means none
 _UP, _DOWN = 1.0, -1.0
@@ -99,12 +100,12 @@ class Traits:
 def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
     """All findings, ordered by series name. A series that comes twice counts once, the first wins."""
     found: dict[SeriesId, Finding] = {}
-    for frame in _frames(situation.evidence, packs):
+    for frame in frames_of(situation.evidence, packs):
         signals = [packs.signals[s.metric] for s in frame.ids]
         features = measure(frame, Traits.of(signals), situation)
         for i, (series, signal) in enumerate(zip(frame.ids, signals, strict=True)):
             if series not in found:
-                found[series] = _finding(series, signal, features, i)
+                found[series] = finding_of(series, signal, features, i)
     deaf = {f.service for f in found.values() if packs.signals[f.signal].kind == "up" and _unreachable(f)}
     return tuple(_heard(found[s], packs, deaf) for s in sorted(found, key=lambda s: (s.metric, s.labels)))
 
@@ -146,7 +147,20 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
         )
 
 
-def _frames(evidence: Iterable[Evidence], packs: PackSet) -> list[Frame]:
+def compared(
+    before: FloatArray, after: FloatArray, signal: Signal
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Baseline, scale, held level and z of every row of events (spans, say) that share no grid, NaN at the row's end.
+    Up is bad."""
+    traits = Traits.of([signal] * before.shape[0])
+    with np.errstate(all="ignore"):
+        baseline, scale, _ = _baseline(before, traits)
+        ordered, count = _ordered(after)
+        level = np.where(count >= MIN_BASELINE, _at(ordered, count // 2), np.nan)
+        return baseline, scale, level, (level - baseline) / scale
+
+
+def frames_of(evidence: Iterable[Evidence], packs: PackSet) -> list[Frame]:
     """The series that some pack knows, one frame for each different grid."""
     grids: dict[bytes, list[tuple[Frame, list[int]]]] = {}
     for item in evidence:
@@ -208,6 +222,11 @@ def _baseline(normal: FloatArray, traits: Traits) -> tuple[FloatArray, FloatArra
     spread = (_quantile(ordered, count, 0.75) - _quantile(ordered, count, 0.25)) / 1.35
     sd = _sd(normal, count)
     scale = np.fmax.reduce([spread, 0.05 * np.abs(median), 0.25 * sd, traits.floor])
+    if normal.shape[1] >= TAIL_FROM:
+        tail = np.abs(
+            np.where(traits.sign < 0, _quantile(ordered, count, 0.05), _quantile(ordered, count, 0.95)) - median
+        )
+        scale = np.fmax(scale, np.where(count >= TAIL_FROM, tail / WEAK, 0.0))
     scale = scale * (1.0 + 2.0 / np.maximum(count, 1))
     known = count >= MIN_BASELINE
     from_zero = traits.from_zero & (count == 0) & bool(normal.shape[1] >= MIN_BASELINE)
@@ -263,7 +282,7 @@ def _onset(
     return np.where(lasting.any(axis=1), times[first] if times.shape[0] else np.nan, np.nan)
 
 
-def _finding(series: SeriesId, signal: Signal, features: Features, i: int) -> Finding:
+def finding_of(series: SeriesId, signal: Signal, features: Features, i: int) -> Finding:
     z, level, baseline = float(features.z[i]), float(features.level[i]), float(features.baseline[i])
     state = _state(signal, z, level, baseline, bool(features.based[i]), bool(features.present[i]))
     silent = bool(features.silent[i]) and state not in ("strong", "weak")
@@ -299,7 +318,9 @@ def _state(signal: Signal, z: float, level: float, baseline: float, based: bool,
         beyond = level <= signal.limit if signal.bad == "down" else level >= signal.limit
         was = based and (baseline <= signal.limit if signal.bad == "down" else baseline >= signal.limit)
         if beyond:
-            return ("weak" if z >= WEAK else "absent") if was else "strong"
+            if based and z < CROSSED:
+                return "absent"  # it crossed the limit, but no further than it moves anyway
+            return "weak" if was else "strong"
         if signal.kind == "saturation":
             return "weak" if based and z >= STRONG else "absent"
     if signal.kind == "up" and level < 0.5 and not (based and baseline >= 0.5):

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.intp]
+BoolArray = NDArray[np.bool_]
 
 AlertStatus = Literal["firing", "resolved"]
 
@@ -93,6 +95,35 @@ class Frame:
     @classmethod
     def empty(cls) -> Frame:
         return cls(np.empty(0), (), np.empty((0, 0)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """Spans as columns, one row a span, in no particular order. `service` and `operation` index the names; `parent` is
+    the row of the parent span, -1 for a root or a parent that was not seen. `start` in unix seconds, `duration` in
+    seconds."""
+
+    services: tuple[str, ...]
+    operations: tuple[str, ...]
+    service: IntArray
+    operation: IntArray
+    parent: IntArray
+    start: FloatArray
+    duration: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Logs:
+    """Log lines as columns. A line is kept as its template, the constant part of its message. `span` is the row of the
+    span that wrote it, -1 if unknown; `error` says whether its severity is error or worse."""
+
+    services: tuple[str, ...]
+    templates: tuple[str, ...]
+    service: IntArray
+    template: IntArray
+    span: IntArray
+    time: FloatArray
+    error: BoolArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +205,8 @@ class Situation:
     evidence: tuple[Evidence, ...] = ()
     topology: Topology = field(default_factory=Topology)
     quiet: tuple[tuple[float, float], ...] = ()
+    spans: Spans | None = None
+    logs: Logs | None = None
 
     def facts(self, kind: str) -> tuple[Fact, ...]:
         return tuple(f for e in self.evidence for f in e.facts if f.kind == kind)
@@ -228,19 +261,22 @@ class Hypothesis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The answer. `verdict` is `insufficient_evidence` when no candidate stands clear of the background; the hypotheses
-    are then what was considered, and propose nothing."""
+    """The answer. `verdict` is `insufficient_evidence` when "something we have no name for" is at least as likely as
+    all candidates together; the hypotheses are then what was considered. `clear` says whether the first hypothesis
+    stands clear of all others: only then anything is proposed."""
 
     verdict: Literal["ranked", "insufficient_evidence"]
-    hypotheses: tuple[Hypothesis, ...] = ()  # best first, at most three
+    hypotheses: tuple[Hypothesis, ...] = ()  # best first; three unless more were asked for
     candidates: int = 0  # how many were weighed
     missing: dict[str, str] = {}  # evidence that did not arrive: name -> reason
     sentence: str = ""
     version: str = ""  # of packs and model
+    clear: bool = True
 
     @property
     def best(self) -> Hypothesis | None:
-        return self.hypotheses[0] if self.verdict == "ranked" and self.hypotheses else None
+        """The first hypothesis, if it stands clear."""
+        return self.hypotheses[0] if self.verdict == "ranked" and self.clear and self.hypotheses else None
 
     @property
     def margin(self) -> float:

@@ -48,6 +48,26 @@ class EvidenceQuery(_Strict, frozen=True, kw_only=True):
     source: str = "prometheus"
 
 
+class Derivation(_Strict, frozen=True, kw_only=True):
+    """How a signal is computed from others instead of being asked for (see `rules.derived` and `rules.traces`).
+
+    own: what of `of` times `traffic` a service adds itself: its total minus its callees' totals, per request of the
+    alerting service. share: a service's part of all that was added, of the own signals `of`. difference: `of` minus
+    `minus`, series by series. calls: how often a service calls a callee that nobody else calls, per request.
+    per_request: `of` divided by `traffic`. call_gap and the log kinds: from spans and logs. Of several names the first
+    that the situation has is used."""
+
+    kind: Literal[
+        "own", "share", "difference", "calls", "per_request", "call_gap", "log_break", "log_missing", "log_error"
+    ]
+    of: tuple[str, ...] = ()
+    minus: str = ""
+    traffic: tuple[str, ...] = ()
+    full: float | None = None  # value at which all is well: what counts is how far below it a sample is
+    relative: bool = False  # in units of what the alerting service usually has
+    enough: float = 0.0  # requests a sample (at usual times) below which a service says nothing: too few to tell
+
+
 class Signal(_Strict, frozen=True, kw_only=True):
     """What a canonical series means. `floor` is the smallest scale (in the signal's unit) by which a change is
     measured: three floors are a weak change, six a strong one. `limit` is the value at which a saturation is bad in
@@ -65,6 +85,7 @@ class Signal(_Strict, frozen=True, kw_only=True):
     growth: bool = False  # a steady rise over the whole window counts, even when the baseline holds part of it
     silent: Literal["missing", "absent", "weak", "strong", "silent"] = "missing"
     implies: str = ""  # node kind of the service that has this signal, where the topology does not say
+    derive: Derivation | None = None
 
 
 class FactTest(_Strict, frozen=True, kw_only=True):
@@ -339,6 +360,8 @@ def _check_pack(pack: Pack, faults: list[Fault]) -> None:
             faults.append(Fault(("signals", name, "floor"), "must be a positive number"))
         if signal.kind == "saturation" and signal.limit is None:
             faults.append(Fault(("signals", name, "limit"), "a saturation needs its limit"))
+        if signal.derive is not None:
+            _check_derivation(signal, signal.derive, ("signals", name), faults)
     for name, cause in pack.causes.items():
         _check_cause(cause, ("causes", name), faults)
     for name, rule in pack.rules.items():
@@ -411,13 +434,37 @@ def _check_rule(rule: Rule, path: tuple[str | int, ...], faults: list[Fault]) ->
         faults.append(Fault((*path, "then", "service"), f"{rule.then.service} is bound by no condition"))
 
 
+_INGREDIENTS = {
+    "own": ("of", "traffic"),
+    "share": ("of",),
+    "difference": ("of", "minus"),
+    "calls": ("traffic",),
+    "per_request": ("of", "traffic"),
+}
+
+
+def _check_derivation(signal: Signal, derive: Derivation, path: tuple[str | int, ...], faults: list[Fault]) -> None:
+    for key in _INGREDIENTS.get(derive.kind, ()):
+        if not getattr(derive, key):
+            faults.append(Fault((*path, "derive", key), f"{derive.kind} cannot be computed without it"))
+    if derive.kind == "calls" and not signal.peer:
+        faults.append(Fault((*path, "peer"), "calls need the label that names the callee"))
+    if derive.full is not None and not (math.isfinite(derive.full) and derive.full > 0):
+        faults.append(Fault((*path, "derive", "full"), "must be a positive number"))
+
+
 def _check_references(pack: Pack, known: PackSet, faults: list[Fault]) -> None:
     for name, signal in pack.signals.items():
         if signal.group not in known.groups:
             faults.append(Fault((pack.pack, "signals", name, "group"), f"unknown group {signal.group}"))
+        for other in (*signal.derive.of, *signal.derive.traffic, signal.derive.minus) if signal.derive else ():
+            if other and other not in known.signals:
+                faults.append(Fault((pack.pack, "signals", name, "derive"), f"unknown signal {other}"))
     for name in pack.queries:
         if name not in known.signals:
             faults.append(Fault((pack.pack, "queries", name), "no signal says what this series means"))
+        elif known.signals[name].derive is not None:
+            faults.append(Fault((pack.pack, "queries", name), "is derived from other signals, so it is not asked for"))
     for name, cause in pack.causes.items():
         for i, line in enumerate(cause.evidence):
             if line.group not in known.groups:

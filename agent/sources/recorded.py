@@ -6,16 +6,15 @@ because a live incident and a recording are the same thing: `write_recording` th
 
 One directory an incident:
 
-| file | content |
-|---|---|
-| alert.json | webhook payload, version 4. `labels.service` is the entry service, `startsAt` the onset |
-| series.csv.gz | wide table: `time` (unix seconds), then one column a series in Prometheus notation; empty: no
-sample. Rows | | | before the onset are the normal window, the others the abnormal one | | topology.json |
-`{"edges": [[caller, callee], ...], "kinds": {service: kind}}`; kinds are optional | | changes.json | optional:
-`{"releases": [], "commits": [], "deploys": [], "flags": []}`, objects that become facts | | facts.json | optional:
-`[{"evidence", "kind", "subject", "service", "attributes"}, ...]` | | missing.json | optional: `{evidence: reason}`
-of what could not be had | | situation.json | optional: what the other files have no place for (see `_Meta`), so
-that nothing is lost |
+* alert.json: webhook payload, version 4. `labels.service` is the entry service, `startsAt` the onset.
+* series.csv.gz: wide table, `time` (unix seconds), then one column a series in Prometheus notation; empty: no sample.
+  Rows before the onset are the normal window, the others the abnormal one.
+* topology.json: `{"edges": [[caller, callee], ...], "kinds": {service: kind}}`; kinds are optional.
+* traces.jsonl.gz, logs.jsonl.gz: optional, one span or log record a line; read, not written.
+* changes.json: optional, `{"releases": [], "commits": [], "deploys": [], "flags": []}`, objects that become facts.
+* facts.json: optional, `[{"evidence", "kind", "subject", "service", "attributes"}, ...]`.
+* missing.json: optional, `{evidence: reason}` of what could not be had.
+* situation.json: optional, what the other files have no place for (see `_Meta`), so that nothing is lost.
 
 Without situation.json every metric is an `Evidence` of its own, with source `recorded`, and `until` is the last row.
 """
@@ -39,7 +38,8 @@ import numpy as np
 
 from agent.alerts import PayloadError, parse_payload
 from agent.sources import EvidenceRequest, SourceError, bounded
-from rules.model import Alert, Evidence, Fact, FloatArray, Frame, SeriesId, Situation, Topology
+from agent.sources.spans import SpanRows, read_logs, read_spans
+from rules.model import Alert, Evidence, Fact, FloatArray, Frame, Logs, SeriesId, Situation, Spans, Topology
 
 MAX_CSV_BYTES = 512 * 1024 * 1024  # of series.csv, unpacked
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -139,12 +139,15 @@ def read_recording(directory: Path, tenant: str = "default") -> Situation:
     meta = _json(directory / "situation.json", _Meta)
     facts = _json(directory / "facts.json", tuple[_Fact, ...]) or ()
     times, ids, values = _read_series(directory / "series.csv.gz")
+    spans, logs, partial = _read_events(directory)
     if meta is None:
         missing = _json(directory / "missing.json", dict[str, str]) or {}
         evidence = _by_metric(times, ids, values, facts, missing) + _changes(directory / "changes.json")
+        evidence += tuple(Evidence(name, "recorded", missing=reason) for name, reason in partial)
         until = float(times[-1]) if times.size else alerts[0].starts_at
         entry = next((a.labels["service"] for a in alerts if a.labels.get("service")), "")
-        return Situation(alerts, entry, min(a.starts_at for a in alerts), until, evidence, topology)
+        onset = min(a.starts_at for a in alerts)
+        return Situation(alerts, entry, onset, until, evidence, topology, spans=spans, logs=logs)
     if meta.version != 1 or len(meta.digests) != len(alerts):
         raise RecordingError(f"{directory / 'situation.json'}: version or alerts do not fit the other files")
     try:
@@ -153,11 +156,27 @@ def read_recording(directory: Path, tenant: str = "default") -> Situation:
         raise RecordingError(
             f"{directory / 'situation.json'}: names a column or row that series.csv.gz lacks"
         ) from error
+    evidence += tuple(Evidence(name, "recorded", missing=reason) for name, reason in partial)
     alerts = tuple(
         msgspec.structs.replace(alert, digest=digest, tenant=meta.tenant)
         for alert, digest in zip(alerts, meta.digests, strict=True)
     )
-    return Situation(alerts, meta.entry, meta.onset, meta.until, evidence, topology, meta.quiet)
+    return Situation(alerts, meta.entry, meta.onset, meta.until, evidence, topology, meta.quiet, spans, logs)
+
+
+def _read_events(directory: Path) -> tuple[Spans | None, Logs | None, list[tuple[str, str]]]:
+    """Spans and log lines, None where there is no such file, and what was left out of them and why."""
+    spans, logs, partial, at = None, None, [], SpanRows()
+    try:
+        if (path := directory / "traces.jsonl.gz").exists():
+            spans, at, cut = read_spans(path)
+            partial += [("spans", f"only the first {spans.start.size} spans were read")] * cut
+        if (path := directory / "logs.jsonl.gz").exists():
+            logs, cut = read_logs(path, at)
+            partial += [("logs", f"only the first {logs.time.size} log lines were read")] * cut
+    except SourceError as error:
+        raise RecordingError(str(error)) from error
+    return spans, logs, partial
 
 
 def _read_alerts(directory: Path, tenant: str) -> tuple[Alert, ...]:
@@ -326,8 +345,10 @@ def _json(path: Path, kind: Any) -> Any:
 def write_recording(directory: Path, situation: Situation) -> None:
     """Writes the situation, into a directory that is made and must not hold another recording.
 
-    Raises ValueError for what the format cannot hold (no alert, alerts of two tenants, a fact that is not finite), and
-    OSError."""
+    Raises ValueError for what it cannot write (no alert, alerts of two tenants, a fact that is not finite, spans and
+    log lines, of which only columns are left), and OSError."""
+    if situation.spans is not None or situation.logs is not None:
+        raise ValueError("write recording: spans and log lines are read from recordings, but not written")
     if not situation.alerts or len({alert.tenant for alert in situation.alerts}) != 1:
         raise ValueError("write recording: a recording has at least one alert, and alerts of one tenant")
     directory.mkdir(parents=True, exist_ok=True)

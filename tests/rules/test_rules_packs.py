@@ -26,6 +26,23 @@ CATALOGUE = {
     "diagnostic.capture",
 }
 
+# Signals that only recordings bring: the names that public data sets have, for what the packs know.
+RECORDED = {
+    "latency_avg_seconds",
+    "latency_p50_seconds",
+    "server_latency_p90_seconds",
+    "availability_avg_percent",
+    "requests_sum",
+    "requests_per_second",
+    "workload_operations_per_second",
+    "cpu_usage_millicores",
+    "memory_usage_mebibytes",
+    "syscall_reads",
+    "syscall_writes",
+    "edge_source_latency_p50_seconds",
+    "edge_destination_latency_p50_seconds",
+}
+
 GOOD: dict[str, Any] = {
     "pack": "mine",
     "version": 1,
@@ -284,9 +301,13 @@ class TestShipped:
             assert "$" not in text
 
     def test_every_signal_is_asked_for_and_every_group_is_used(self, packs: PackSet) -> None:
-        assert {*packs.signals, "host.processes"} == {q.name for q in packs.queries()}
+        asked = {name for name, signal in packs.signals.items() if signal.derive is None} - RECORDED
+        assert {*asked, "host.processes"} == {q.name for q in packs.queries()}
+        derivations = [s.derive for s in packs.signals.values() if s.derive is not None]
+        sources = {n for d in derivations for n in (*d.of, *d.traffic, d.minus)} - {""}
         used = {line.group for c in packs.causes.values() for line in c.evidence}
         used |= {s.group for s in packs.signals.values() if packs.groups[s.group].symptom}
+        used |= {packs.signals[name].group for name in sources}
         idle = set(packs.groups) - used
         assert idle <= {"restarted", "job_errors"}
 
@@ -321,3 +342,37 @@ class TestShipped:
         for name, cause in packs.causes.items():
             assert cause.runbook == f"docs/packs.md#{name.replace('.', '')}"
             assert f"### {name}\n" in text, name
+
+
+class TestDerived:
+    @pytest.mark.parametrize(
+        ("derive", "said"),
+        [
+            ({"kind": "own", "of": ["lag_seconds"]}, "derive.traffic: own cannot be computed without it"),
+            ({"kind": "share"}, "derive.of: share cannot be computed without it"),
+            ({"kind": "difference", "of": ["lag_seconds"]}, "derive.minus"),
+            ({"kind": "calls", "traffic": ["lag_seconds"]}, "peer: calls need the label"),
+            ({"kind": "own", "of": ["lag_seconds"], "traffic": ["lag_seconds"], "full": 0}, "derive.full"),
+            ({"kind": "guess"}, "derive.kind"),
+        ],
+    )
+    def test_what_cannot_be_computed_is_refused(self, derive: dict[str, Any], said: str) -> None:
+        data = copy.deepcopy(GOOD)
+        data["signals"]["made"] = {"kind": "level", "bad": "up", "floor": 1, "group": "lag", "derive": derive}
+        with pytest.raises(PackError, match=said):
+            parse_pack(data, "mine.yaml")
+
+    def test_ingredients_must_exist_and_nothing_asks_for_what_is_derived(self) -> None:
+        data = copy.deepcopy(GOOD)
+        data["signals"]["made"] = {
+            "kind": "level",
+            "bad": "up",
+            "floor": 1,
+            "group": "lag",
+            "derive": {"kind": "share", "of": ["nothing"]},
+        }
+        data["queries"]["made"] = "made{$scope}"
+        with pytest.raises(PackError) as caught:
+            PackSet.of([parse_pack(data, "mine.yaml")])
+        assert "unknown signal nothing" in str(caught.value)
+        assert "is derived from other signals" in str(caught.value)

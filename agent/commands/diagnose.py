@@ -1,0 +1,145 @@
+"""`diagnose` and `evaluate`: what the packs say about recorded incidents, and how often they are right.
+
+A recording goes through the code that a live incident goes through; only `evaluate` looks at the answers, afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from agent.commands.output import CommandError, Exit, emit_json, say, table
+from agent.log import printable
+
+if TYPE_CHECKING:
+    from agent.config import Config
+    from rules.model import Diagnosis, Hypothesis
+
+
+def diagnose(config: Config, recordings: tuple[Path, ...], limit: int, *, as_json: bool) -> Exit:
+    """Ranking, evidence and sentences of each recording."""
+    from agent.packs import load_packs
+    from agent.sources.recorded import RecordingError, read_recording
+    from rules.diagnose import TOP
+    from rules.diagnose import diagnose as diagnosed
+
+    packs = load_packs(config.packs.dirs, config.packs.disable)
+    answers: list[dict[str, Any]] = []
+    for path in recordings:
+        try:
+            situation = read_recording(path)
+        except RecordingError as error:
+            raise CommandError(str(error), "a recording is a directory with alert.json and series.csv.gz") from error
+        diagnosis = diagnosed(situation, packs, limit or TOP)
+        if as_json:
+            answers.append({"recording": str(path), "diagnosis": msgspec.to_builtins(diagnosis)})
+        else:
+            _tell(path, diagnosis)
+    if as_json:
+        emit_json({"diagnoses": answers})
+    return Exit.OK
+
+
+def _tell(path: Path, diagnosis: Diagnosis) -> None:
+    say(f"{path.name}: {diagnosis.verdict.replace('_', ' ')}; {diagnosis.candidates} candidates were weighed")
+    say(f"  {diagnosis.sentence}")
+    for rank, hypothesis in enumerate(diagnosis.hypotheses, 1):
+        _tell_hypothesis(rank, hypothesis)
+    say("")
+
+
+def _tell_hypothesis(rank: int, hypothesis: Hypothesis) -> None:
+    say(f"  {rank}. {hypothesis.title} ({hypothesis.cause} on {hypothesis.service}): {hypothesis.posterior:.1%}")
+    say(f"     path: {' -> '.join(hypothesis.path)}")
+    for c in hypothesis.contributions:
+        if c.log_odds:
+            say(f"     {c.log_odds:+6.2f}  {c.evidence} is {c.state}: {c.text}")
+
+
+def evaluate(
+    config: Config,
+    directories: tuple[Path, ...],
+    *,
+    as_json: bool,
+    misses: bool,
+    cross: bool,
+    unlicensed: tuple[str, ...] = (),
+) -> Exit:
+    """Accuracy over all recordings under the directories; with `cross` also of likelihoods counted from other cases."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from agent import evaluate as scoring
+    from agent.crossval import cross_validate
+    from agent.packs import load_packs
+    from agent.sources.recorded import RecordingError
+
+    packs = load_packs(config.packs.dirs, config.packs.disable)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    try:
+        cases = scoring.find_cases(directories)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("diagnosing", total=len(cases) * (2 if cross else 1))
+
+            def advance(case: scoring.Case) -> None:
+                bar.update(task, advance=1, description=printable(case.set))
+
+            scored = scoring.evaluate(cases, packs, advance)
+            crossed = cross_validate(cases, packs, advance, unlicensed) if cross else {}
+    except RecordingError as error:
+        raise CommandError(str(error), "evaluate needs directories of recordings, each with truth.json") from error
+    found = scoring.report(scored)
+    if as_json:
+        emit_json(found | ({"cross": crossed} if cross else {}))
+        return Exit.OK
+    _tables(found)
+    for left_out, figures in crossed.items():
+        say(f"\nlikelihoods counted anew, leaving out every case of the same {left_out}:\n", lines=True)
+        _tables(figures)
+    if misses:
+        _misses(scored)
+    return Exit.OK
+
+
+def _tables(found: dict[str, Any]) -> None:
+    rows = [("set", "level", "cases", "AC@1", "AC@3", "AC@5", "Avg@5", "s/case")]
+    for name, figures in found["sets"].items():
+        for level, title in (("service", "service"), ("pair", "service, fault type"), ("metric", "metric")):
+            of = figures.get(level)
+            if of and of["cases"]:
+                seconds = f"{figures['seconds_per_case']:.3f}" if level == "service" else ""
+                rows.append(
+                    (name, title, str(of["cases"]), *(_share(of[k]) for k in ("ac1", "ac3", "ac5", "avg5")), seconds)
+                )
+    table(rows, empty="no case with a fault")
+    calm = found["sets"].get("nofault")
+    if calm:
+        say("")
+        shares = [(name, _share(share)) for name, share in calm["by_source"].items()]
+        shares.append((f"all {calm['cases']}", _share(calm["specificity"])))
+        table([("fault-free cases of", "specificity"), *shares], empty="")
+    of = found["calibration"]
+    if of["cases"]:
+        say("")
+        say(f"calibration over {of['cases']} first answers: Brier {of['brier']:.3f}, ECE {of['ece']:.3f}")
+
+
+def _misses(scored: tuple[Any, ...]) -> None:
+    """Every case whose first answer was wrong: what it was, and what was said."""
+    rows = [("case", "truth", "rank", "said")]
+    for s in scored:
+        right = not s.ranking.ranked if s.truth.service is None else s.pair == 1
+        if not right:
+            said = " ".join(s.ranking.pairs[0]) if s.ranking.pairs else "nothing"
+            said = said if s.ranking.ranked else f"insufficient evidence ({said})"
+            truth = f"{s.truth.service} {s.truth.fault}" if s.truth.service else "no fault"
+            rows.append((f"{s.case.set}/{s.case.directory.name}", truth, str(s.service or "-"), said))
+    say("")
+    table(rows, empty="every first answer was right")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
