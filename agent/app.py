@@ -90,7 +90,7 @@ async def running(config: Config) -> AsyncIterator[App]:
     sandbox.use(sandbox.probe(config.sandbox.parent))
     for leaf in await sandbox.sweep(SWEEP_SECONDS):
         logger.warning("ended %s: a run of an agent that is dead", leaf)
-    packs = load_packs(config.packs.dirs, config.packs.disable)
+    packs = load_packs(config.packs.dirs, config.packs.disabled_live)
     catalog = load_catalog(config.actions.dirs, config.actions.disable)
     topology = load_topology(config)
     config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
