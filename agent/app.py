@@ -1,9 +1,9 @@
 """Builds every object from the configuration, runs the service, drains it: the only wiring.
 
-Called by `agent.cli` (`alertmedic serve`). Order of the start: journal (replayed), sandbox probed, packs and actions
-read, then the port, then the investigations; ready is told once alerts can be made durable. Order of the end: no new
-webhooks, no new investigations, running steps may finish within a grace period, then the journal is closed. It decides
-nothing about incidents.
+Called by `agent.cli` (`alertmedic serve`). Order of the start: sandbox probed, actions read, journal (replayed), then
+the port, then packs read and the investigations; ready is told once alerts can be made durable. Order of the end: no
+new webhooks, no new investigations, running steps may finish within a grace period, then the journal is closed. It
+decides nothing about incidents.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ from agent.telemetry import Telemetry
 from agent.topology import Discovery, load_topology
 from agent.tracing import Tracing, otlp_exporter
 from agent.verify import SeriesVerifier
+from rules.packs import PackSet
 
 logger = logging.getLogger("alertmedic.app")
 RECONCILE_SECONDS = 30.0
+NO_PACKS = PackSet(())  # until they are read
 GRACE_SECONDS = 30.0
 DRAIN_SECONDS = 0.1  # between two looks at what still runs
 SWEEP_SECONDS = 10.0
@@ -90,7 +92,6 @@ async def running(config: Config) -> AsyncIterator[App]:
     sandbox.use(sandbox.probe(config.sandbox.parent))
     for leaf in await sandbox.sweep(SWEEP_SECONDS):
         logger.warning("ended %s: a run of an agent that is dead", leaf)
-    packs = load_packs(config.packs.dirs, config.packs.disabled_live)
     catalog = load_catalog(config.actions.dirs, config.actions.disable)
     topology = load_topology(config)
     config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -110,15 +111,19 @@ async def running(config: Config) -> AsyncIterator[App]:
                 sources.append(prometheus)
                 if config.topology.service_graph:
                     discover = Discovery(prometheus).topology
-            situations = Situations(config, packs, sources, topology, discover)
-            verifier = SeriesVerifier(config, packs, situations, store, telemetry)
+            situations = Situations(config, NO_PACKS, sources, topology, discover)
+            verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry)
             remediation = Remediation(config, catalog, store, verifier, telemetry)
             app = App(config, store, telemetry, remediation)
-            app.investigation = Investigation(
-                config, packs, store, situations, remediation, verifier, telemetry, app.wake
+            investigation = app.investigation = Investigation(
+                config, NO_PACKS, store, situations, remediation, verifier, telemetry, app.wake
             )
-            await app.start(topology.edges)
+            await app.listen(topology.edges)
             try:
+                # Alerts are safe before anybody can say what they mean: reading the packs keeps no sender waiting.
+                packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disabled_live)
+                situations.packs = verifier.packs = investigation.packs = packs
+                app.begin()
                 yield app
             finally:
                 await app.stop()
@@ -205,8 +210,8 @@ class App:
         self._draining = False
         self._alertmanager = _Seen("not configured")
 
-    async def start(self, edges: tuple[tuple[str, str], ...]) -> None:
-        """Journals the start, opens the port, then lets the investigations begin."""
+    async def listen(self, edges: tuple[tuple[str, str], ...]) -> None:
+        """Journals the start and opens the port."""
         await self.store.record(self._started(edges))
         self.store.subscribe(self._on_record)
         self.telemetry.on_scrape(self._sample)
@@ -226,6 +231,9 @@ class App:
             socket_path=self.config.control_socket,
             tls=_listen_tls(self.config),
         )
+
+    def begin(self) -> None:
+        """Lets the investigations begin, first those that the journal holds."""
         for incident in self.store.state.active():
             self._offer(incident.id)
         workers = self.config.investigate.concurrency

@@ -71,7 +71,8 @@ async def test_after_a_restart_everybody_is_looked_at_however_many_wait(world: W
     assert len(set(ids)) == 5
     looked = Looked()
     app = app_of(world, looked)
-    await app.start(())
+    await app.listen(())
+    app.begin()
     try:
         await until(lambda: len(looked.ids) >= 5)
         assert set(looked.ids) == set(ids)
@@ -82,7 +83,8 @@ async def test_after_a_restart_everybody_is_looked_at_however_many_wait(world: W
 async def test_the_timer_of_an_incident_that_ended_is_dropped(world: World) -> None:
     id = await other(world, 0)
     app = app_of(world, Looked(again=time.time() + 3600))
-    await app.start(())
+    await app.listen(())
+    app.begin()
     try:
         await until(lambda: id in app._timers)
         await world.moved(id, "escalated")
@@ -96,7 +98,8 @@ async def test_a_journal_that_works_again_is_found_out_without_any_alert(
 ) -> None:
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
     app = app_of(world, Looked())
-    await app.start(())
+    await app.listen(())
+    app.begin()
     try:
         assert app.health()["ready"] is True
         world.store._wal._unavailable = "no space left"
@@ -146,7 +149,8 @@ async def test_a_drain_waits_for_an_effect_and_not_for_a_verification(world: Wor
             ended.append("cancelled")
             raise
 
-    await app.start(())
+    await app.listen(())
+    app.begin()
     looked.acting[id] = asyncio.create_task(act())
     stopping = asyncio.create_task(app.stop())
     done, _ = await asyncio.wait([stopping], timeout=0.3)
