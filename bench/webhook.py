@@ -272,6 +272,7 @@ class _NoOperations:
 
 
 async def _serve_ours(directory: Path) -> int:
+    from agent.app import calm_collector
     from agent.http.server import build_app, serve
     from agent.intake import Intake
     from agent.store import Store
@@ -285,6 +286,7 @@ async def _serve_ours(directory: Path) -> int:
         metrics=lambda: (b"", "text/plain"),
     )
     serving = await serve(app, "127.0.0.1", 0)
+    calm_collector()  # as the service does once it runs
     return serving.addresses[0][1]
 
 
