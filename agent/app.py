@@ -424,8 +424,8 @@ def _disk(directory: Path) -> dict[str, object]:
 
 
 def calm_collector() -> None:
-    """Looks for reference cycles less often. What was made at the start stays; alerts and incidents are many small objects
-    that live long and form no cycles, and scanning them was a quarter of the CPU of a webhook (`make bench`)."""
+    """Looks for reference cycles less often. What was made at the start stays; alerts and incidents are many small
+    objects that live long and form no cycles, and scanning them was a quarter of a webhook's CPU (`make bench`)."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
