@@ -8,7 +8,6 @@ that the series have to confirm. It never closes an incident.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +21,7 @@ from agent.config import Alertmanager
 from agent.fold_state import State
 from agent.intake import Intake
 from agent.journal.records import AlertsReceived
+from agent.sources.prometheus import client_tls
 from agent.store import Store
 from rules.model import Alert
 
@@ -167,10 +167,12 @@ async def _held(config: Alertmanager) -> list[Mapping[str, Any]]:
         headers["Authorization"] = auth.encode()
     timeout = aiohttp.ClientTimeout(total=config.timeout_seconds)
     try:
-        connector = aiohttp.TCPConnector(ssl=_tls(config) if url.scheme == "https" else True)
+        connector = aiohttp.TCPConnector(ssl=client_tls(config.tls) if url.scheme == "https" else True)
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session,
-            session.get(url, params=query, allow_redirects=False) as response,
+            session.get(
+                url, params=query, allow_redirects=False, server_hostname=config.tls.server_name or None
+            ) as response,
         ):
             if response.status != 200:
                 raise ReconcileError(f"reconcile with {config.url}: HTTP {response.status}; is it an Alertmanager?")
@@ -187,14 +189,3 @@ async def _held(config: Alertmanager) -> list[Mapping[str, Any]]:
     if not isinstance(answer, list) or not all(isinstance(entry, dict) for entry in answer):
         raise ReconcileError(f"reconcile with {config.url}: expected a list of alerts")
     return answer
-
-
-def _tls(config: Alertmanager) -> ssl.SSLContext:
-    tls = config.tls
-    context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
-    if tls.cert_file:
-        context.load_cert_chain(str(tls.cert_file), str(tls.key_file) if tls.key_file else None)
-    if tls.insecure_skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import orjson
@@ -138,7 +138,7 @@ class PrometheusSource:
         self.name = name
         self.config = config
         self._base = url
-        self._tls = _tls(config) if url.scheme == "https" else None
+        self._tls = client_tls(config) if url.scheme == "https" else None
         self._slots = asyncio.Semaphore(config.concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
@@ -339,7 +339,20 @@ class PrometheusSource:
         return headers
 
 
-def _tls(config: Prometheus) -> ssl.SSLContext:
+class TlsFiles(Protocol):
+    """What a client's TLS is made of: `Prometheus` here, `agent.config.ClientTls` for Alertmanager."""
+
+    @property
+    def ca_file(self) -> Path | None: ...
+    @property
+    def cert_file(self) -> Path | None: ...
+    @property
+    def key_file(self) -> Path | None: ...
+    @property
+    def insecure_skip_verify(self) -> bool: ...
+
+
+def client_tls(config: TlsFiles) -> ssl.SSLContext:
     """Raises OSError (a file that cannot be read) and ssl.SSLError (a file that is no certificate or key)."""
     context = ssl.create_default_context(cafile=str(config.ca_file) if config.ca_file else None)
     if config.cert_file:

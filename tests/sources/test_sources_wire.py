@@ -13,6 +13,8 @@ import pytest
 from aiohttp import web
 from sources_world import NOTHING, Fake, Query, one, port, request_of
 
+from agent.config import Alertmanager, ClientTls
+from agent.reconcile import ReconcileError, _held
 from agent.sources import gather
 from agent.sources.prometheus import Prometheus, PrometheusSource
 
@@ -176,6 +178,15 @@ async def test_tls_names_must_fit(certificates: Path) -> None:
             assert "ismatch" in missing
     async with tls_server(certificates, "other") as url, PrometheusSource(Prometheus(url=url, ca_file=ca)) as source:
         assert (await one(source)).missing is not None
+
+
+async def test_alertmanager_is_asked_under_the_name_that_is_configured(certificates: Path) -> None:
+    """The server speaks TLS and knows no alerts: an answer of any status means that the names fitted."""
+    async with tls_server(certificates) as url:
+        for name, said in (("prometheus.test", r"HTTP 4"), ("elsewhere.test", "no answer.*ismatch")):
+            tls = ClientTls(ca_file=certificates / "ca.pem", server_name=name)
+            with pytest.raises(ReconcileError, match=said):
+                await _held(Alertmanager(url=url, tls=tls))
 
 
 async def test_client_certificate(certificates: Path) -> None:
