@@ -180,9 +180,17 @@ def _checking(commands: Commands, common: argparse.ArgumentParser) -> None:
 def _catalogues(commands: Commands, common: argparse.ArgumentParser) -> None:
     packs = _group(commands, "packs", "rule packs: the causes that are known")
     _add(packs, common, "list", _packs, "list the causes").set_defaults(what="list")
-    lint = _add(packs, common, "lint", _packs, "list every fault of the packs")
-    lint.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="instead of the configured directories")
-    lint.set_defaults(what="lint")
+    made = _add(packs, common, "show", _packs, "show a pack, or a cause with its evidence, rules and proposals")
+    made.add_argument("name", help="a pack's or a cause's name")
+    made.set_defaults(what="show")
+    _add(packs, common, "schema", _packs, "print the JSON Schema of a pack").set_defaults(what="schema")
+    for name, text in (
+        ("lint", "list every fault of the packs"),
+        ("test", "lint, then diagnose the golden incidents and compare with what is expected"),
+    ):
+        made = _add(packs, common, name, _packs, text)
+        made.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="instead of the configured directories")
+        made.set_defaults(what=name)
     actions = _group(commands, "actions", "actions: what can be done")
     _add(actions, common, "list", _actions, "list the actions").set_defaults(what="list")
     show = _add(actions, common, "show", _actions, "show one action")
@@ -343,11 +351,17 @@ def _journal(arguments: argparse.Namespace) -> int:
 
 
 def _packs(arguments: argparse.Namespace) -> int:
-    from agent.commands import check
+    from agent.commands import packs
 
+    if arguments.what == "schema":
+        return packs.schema()
+    config = _config(arguments)
     if arguments.what == "list":
-        return check.packs_list(_config(arguments), as_json=arguments.json)
-    return check.packs_lint(_config(arguments), tuple(arguments.dirs), as_json=arguments.json)
+        return packs.list_causes(config, as_json=arguments.json)
+    if arguments.what == "show":
+        return packs.show(config, arguments.name, as_json=arguments.json)
+    run = packs.test if arguments.what == "test" else packs.lint
+    return run(config, tuple(arguments.dirs), as_json=arguments.json)
 
 
 def _actions(arguments: argparse.Namespace) -> int:

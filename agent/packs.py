@@ -43,26 +43,15 @@ def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> Pack
 
     Raises PackError with all faults of all files, each with file, line and key; OSError if a directory cannot be read.
     """
-    shipped = [
-        (f"rules/packs/{entry.name}", entry.read_text("utf-8"))
-        for entry in sorted(resources.files("rules").joinpath("packs").iterdir(), key=lambda e: e.name)
-        if entry.name.endswith(".yaml")
-    ]
-    given: list[tuple[str, str]] = []
-    for directory in dirs:
-        for path in sorted(directory.iterdir()):
-            if path.suffix == ".yaml":
-                if path.stat().st_size > MAX_PACK_BYTES:
-                    raise PackError(str(path), [Fault((), f"larger than {MAX_PACK_BYTES} bytes")])
-                given.append((str(path), path.read_text("utf-8")))
     packs: list[Pack] = []
     faults: list[Fault] = []
+    shipped, given = shipped_texts(), texts_in(dirs)
     for where, text in (*shipped, *given):
         try:
             # The shape of what is shipped is checked by the tests, not at every start.
             pack = read_pack(text, where, checked=(where, text) in shipped)
         except PackError as error:
-            faults += [Fault((error.where, *f.path) if f.path else (error.where,), f.reason) for f in error.faults]
+            faults += [msgspec.structs.replace(f, path=(error.where, *f.path)) for f in error.faults]
             continue
         disabled = pack.pack in disable
         packs.append(msgspec.structs.replace(pack, queries={}, causes={}, rules={}) if disabled else pack)
@@ -71,6 +60,31 @@ def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> Pack
     if faults:
         raise PackError("packs", faults)
     return PackSet.of(packs)
+
+
+def shipped_texts() -> list[tuple[str, str]]:
+    """(name, YAML) of the packs that come with AlertMedic."""
+    return [
+        (f"rules/packs/{entry.name}", entry.read_text("utf-8"))
+        for entry in sorted(resources.files("rules").joinpath("packs").iterdir(), key=lambda e: e.name)
+        if entry.name.endswith(".yaml")
+    ]
+
+
+def texts_in(dirs: Iterable[Path]) -> list[tuple[str, str]]:
+    """(path, YAML) of every `*.yaml` of the directories. Raises PackError for a file that is too large or no text,
+    OSError."""
+    found: list[tuple[str, str]] = []
+    for directory in dirs:
+        for path in sorted(directory.iterdir()):
+            if path.suffix == ".yaml":
+                if path.stat().st_size > MAX_PACK_BYTES:
+                    raise PackError(str(path), [Fault((str(path),), f"larger than {MAX_PACK_BYTES} bytes")])
+                try:
+                    found.append((str(path), path.read_text("utf-8")))
+                except UnicodeDecodeError as error:
+                    raise PackError(str(path), [Fault((str(path),), f"no UTF-8 text: {error.reason}")]) from None
+    return found
 
 
 def read_pack(text: str, where: str, *, checked: bool = False) -> Pack:
@@ -82,13 +96,13 @@ def read_pack(text: str, where: str, *, checked: bool = False) -> Pack:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 -- derives from SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        at = f"line {mark.line + 1}: " if mark is not None else ""
-        raise PackError(where, [Fault((), f"{at}no valid YAML: {getattr(error, 'problem', None) or error}")]) from None
+        reason = f"no valid YAML: {getattr(error, 'problem', None) or error}"
+        raise PackError(where, [Fault((), reason, mark.line + 1 if mark is not None else 0)]) from None
     try:
         return parse_pack(data, where)
     except PackError as error:
-        lines = _lines(yaml.compose(text, Loader=_Loader), ())
-        located = [Fault(f.path, f"line {_line(lines, f.path)}: {f.reason}") for f in error.faults]
+        lines = lines_of(text)
+        located = [msgspec.structs.replace(f, line=line_at(lines, f.path)) for f in error.faults]
         raise PackError(where, located) from None
 
 
@@ -99,13 +113,17 @@ def _check_shape(text: str, where: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         line = event.start_mark.line + 1 if event.start_mark is not None else 1
         if isinstance(event, yaml.AliasEvent):
-            raise PackError(where, [Fault((), f"line {line}: aliases (*{event.anchor}) are not allowed in packs")])
+            raise PackError(where, [Fault((), f"aliases (*{event.anchor}) are not allowed in packs", line)])
         if depth > MAX_DEPTH:
-            raise PackError(where, [Fault((), f"line {line}: nested deeper than {MAX_DEPTH}")])
+            raise PackError(where, [Fault((), f"nested deeper than {MAX_DEPTH}", line)])
+
+
+def lines_of(text: str) -> dict[tuple[str | int, ...], int]:
+    """Line of every key path of a pack that is valid YAML."""
+    return _lines(yaml.compose(text, Loader=_Loader), ())
 
 
 def _lines(node: yaml.Node | None, path: tuple[str | int, ...]) -> dict[tuple[str | int, ...], int]:
-    """Line of every key path of a document."""
     if node is None:
         return {path: 1}
     found = {path: node.start_mark.line + 1}
@@ -120,7 +138,8 @@ def _lines(node: yaml.Node | None, path: tuple[str | int, ...]) -> dict[tuple[st
     return found
 
 
-def _line(lines: dict[tuple[str | int, ...], int], path: tuple[str | int, ...]) -> int:
+def line_at(lines: dict[tuple[str | int, ...], int], path: tuple[str | int, ...]) -> int:
+    """The line of a path, or of the nearest key above it."""
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path, 1)

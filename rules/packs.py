@@ -152,7 +152,8 @@ class ProposalTemplate(_Strict, frozen=True, kw_only=True):
 class Cause(_Strict, frozen=True, kw_only=True):
     """A possible root cause of a node of one of `kinds`. `prior` is its probability at one service, before any
     evidence, given that something is wrong. `needs` are its defining evidence columns: unless one of them (or a rule)
-    speaks for it, it is no candidate. No proposals: there is no safe remedy, so the incident is escalated."""
+    speaks for it, it is no candidate. No proposals: there is no safe remedy, so the incident is escalated; `no_remedy`
+    says why (`packs lint` asks for it)."""
 
     title: str
     fault: str
@@ -162,6 +163,7 @@ class Cause(_Strict, frozen=True, kw_only=True):
     needs: tuple[str, ...]
     sentence: str
     proposals: tuple[ProposalTemplate, ...] = ()
+    no_remedy: str = ""
     runbook: str = ""
 
 
@@ -204,13 +206,19 @@ class Pack(_Strict, frozen=True, kw_only=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One thing wrong with a pack. `path` are the keys down to it."""
+    """One thing wrong with a pack. `path` are the keys down to it; `line` counts from 1, 0: not known."""
 
     path: tuple[str | int, ...]
     reason: str
+    line: int = 0
+
+    @property
+    def key(self) -> str:
+        return ".".join(str(p) for p in self.path) or "(top level)"
 
     def __str__(self) -> str:
-        return f"{'.'.join(str(p) for p in self.path) or '(top level)'}: {self.reason}"
+        at = f"line {self.line}: " if self.line else ""
+        return f"{self.key}: {at}{self.reason}"
 
 
 class PackError(ValueError):

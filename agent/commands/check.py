@@ -1,6 +1,6 @@
-"""`check-config` and `packs`: is what people wrote in order?
+"""`check-config`: is what people wrote in order?
 
-Each lists every fault it finds, and ends with 1 if there is one.
+Lists every fault it finds, and ends with 1 if there is one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.commands.output import CommandError, Exit, emit_json, say, table
+from agent.commands.output import Exit, emit_json, say
 from agent.config import Config, ConfigError, Fault, load
 from agent.strict_kinds import Secret
 
 if TYPE_CHECKING:
     from actions.catalog import Catalog
-    from rules.packs import PackSet
 
 
 def check_config(file: Path | None, options: Mapping[str, str], *, as_json: bool, show: bool) -> Exit:
@@ -67,13 +66,17 @@ def effective_config(config: Config) -> dict[str, Any]:
 
 def _faults_of_what_is_named(config: Config) -> list[Fault]:
     from actions.catalog import CatalogError, load_catalog
+    from agent.packs import load_packs
     from agent.topology import TopologyError, load_topology
+    from rules.packs import PackError
 
     faults: list[Fault] = []
     try:
-        _load_packs(config)
-    except CommandError as error:
-        faults += [Fault("packs", 0, "", line) for line in error.what.splitlines()]
+        load_packs(config.packs.dirs, config.packs.disable)
+    except PackError as error:
+        faults += [Fault("packs", 0, "", str(fault)) for fault in error.faults]
+    except OSError as error:
+        faults.append(Fault("packs", 0, "", f"packs: {error}", "check packs.dirs"))
     try:
         faults += _unusable_inventory(config, load_catalog(config.actions.dirs, config.actions.disable))
     except CatalogError as error:
@@ -101,59 +104,3 @@ def _unusable_inventory(config: Config, catalog: Catalog) -> list[Fault]:
                 except ParameterError as error:
                     faults.setdefault(key, Fault("inventory", 0, key, f"{definition.name} cannot take it", str(error)))
     return list(faults.values())
-
-
-def _load_packs(config: Config) -> PackSet:
-    """Raises CommandError whose text has one fault a line."""
-    from agent.packs import load_packs
-    from rules.packs import PackError
-
-    try:
-        return load_packs(config.packs.dirs, config.packs.disable)
-    except PackError as error:
-        raise CommandError("\n".join(map(str, error.faults)), "docs/packs.md") from error
-    except OSError as error:
-        raise CommandError(f"packs: {error}", "check packs.dirs") from error
-
-
-def packs_list(config: Config, *, as_json: bool) -> Exit:
-    """The causes that are known, with the pack they come from."""
-    found = _load_packs(config)
-    causes = [
-        {"cause": name, "pack": name_of_pack, "fault": cause.fault, "title": cause.title}
-        for name_of_pack, pack in sorted((p.pack, p) for p in found.packs)
-        for name, cause in pack.causes.items()
-    ]
-    if as_json:
-        emit_json({"version": found.version, "causes": causes})
-    else:
-        rows = [("cause", "pack", "fault", "title")]
-        rows += [(c["cause"], c["pack"], c["fault"], c["title"]) for c in causes]
-        table(rows, empty="no packs")
-    return Exit.OK
-
-
-def packs_lint(config: Config, files: tuple[Path, ...], *, as_json: bool) -> Exit:
-    """Checks the packs that the configuration names, or the given files and directories together with the shipped
-    ones."""
-    import msgspec
-
-    dirs = files or config.packs.dirs
-    try:
-        for path in dirs:
-            if not path.is_dir():
-                raise CommandError(f"packs lint: {path} is no directory", "name the directory that holds the packs")
-        _load_packs(msgspec.structs.replace(config, packs=msgspec.structs.replace(config.packs, dirs=tuple(dirs))))
-        faults: list[str] = []
-    except CommandError as error:
-        faults = error.what.splitlines()
-    return _report(faults, "packs: in order", as_json=as_json)
-
-
-def _report(faults: list[str], fine: str, *, as_json: bool) -> Exit:
-    if as_json:
-        emit_json({"ok": not faults, "faults": faults})
-    else:
-        for fault in faults or [fine]:
-            say(fault)
-    return Exit.FAULT if faults else Exit.OK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,23 @@ def test_packs() -> None:
     assert "postgres.blocking_session" in {c["cause"] for c in listed["causes"]}
     assert "postgres.blocking_session" in alertmedic("packs", "list").out
     assert alertmedic("packs", "lint").code == 0
+    assert "log_flow" in alertmedic("packs", "show", "service.throws").out
+    assert alertmedic("packs", "show", "postgres", "--json").json["pack"] == "postgres"
+    assert alertmedic("packs", "show", "no.such").code == 1
+    assert alertmedic("packs", "schema").json["title"] == "AlertMedic rule pack"
+
+
+def test_packs_are_tested_on_golden_incidents(tmp_path: Path) -> None:
+    done = alertmedic("packs", "test", "--json")
+    assert done.code == 0
+    assert done.json["ok"] is True
+    assert all(g["passed"] for g in done.json["golden"])
+    golden = Path(__file__).parents[2] / "rules" / "golden" / "onlineboutique-no-fault"
+    shutil.copytree(golden, tmp_path / "golden" / "mine")
+    (tmp_path / "golden" / "mine" / "expected.json").write_text('{"verdict": "ranked", "ranking": [{"service": "x"}]}')
+    done = alertmedic("packs", "test", tmp_path)
+    assert done.code == 1
+    assert "failed  mine: expected ranked, got insufficient_evidence" in done.out
 
 
 def test_faults_of_packs_and_actions(tmp_path: Path) -> None:
