@@ -8,93 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_world import ROOT, Agent, Services, free_port, query, start_prometheus, until
-
-USUAL = [
-    "intake_before_parse",
-    "intake_before_record",
-    "intake_after_record",
-    "intake_before_response",
-    "store_before_apply",
-    "wal_before_write",
-    "wal_after_write",
-    "wal_before_sync",
-    "wal_after_sync",
-    "wal_before_ack",
-    "investigate_before_evidence",
-    "investigate_after_evidence",
-    "investigate_before_diagnosed",
-    "investigate_after_diagnosed",
-    "investigate_before_plan",
-    "investigate_after_plan",
-    "investigate_after_verifying",
-    "guard_after_plan",
-    "runner_before_intent",
-    "runner_after_intent",
-    "runner_after_run",
-    "runner_before_result",
-    "runner_after_result",
-    "runner_before_verify",
-    "runner_after_verify",
-    "sandbox_before_spawn",
-    "sandbox_after_spawn",
-    "sandbox_after_exit",
-    "sandbox_before_cleanup",
-]
-UNDO = ["runner_before_undo", "runner_after_undo_intent", "runner_after_undo"]
-APPROVAL = ["operations_after_approval"]
-TINY = ["wal_segment_created", "wal_snapshot_written", "wal_snapshot_renamed", "wal_pruned"]
-CASES = [(name, "usual") for name in USUAL] + [(n, "undo") for n in UNDO] + [(n, "approval") for n in APPROVAL]
-CASES += [(name, "tiny") for name in TINY]
-# Where a crash can cost most: these run in every test run, the others with the full volume.
-ALWAYS = {
-    "intake_before_record",
-    "intake_before_response",
-    "wal_after_write",
-    "wal_before_ack",
-    "investigate_before_diagnosed",
-    "runner_after_intent",
-    "runner_after_run",
-    "runner_after_result",
-    "sandbox_after_spawn",
-    "runner_after_undo_intent",
-    "operations_after_approval",
-    "wal_snapshot_renamed",
-}
-# The journal's failpoints are passed by every record: the third passage is the record that a webhook makes.
-PASSAGE = {"wal_before_write": 3, "wal_after_write": 3, "wal_before_sync": 3, "wal_after_sync": 3, "wal_before_ack": 3}
-PASSAGE |= {"store_before_apply": 3, "wal_segment_created": 2, "wal_pruned": 1}
-TINY_JOURNAL = "journal: {segment_bytes: 4KiB, snapshot_bytes: 8KiB}"
-
-
-def service_of(name: str, scenario: str) -> str:
-    return f"{name.replace('_', '-')}-sick" if scenario == "undo" else name.replace("_", "-")
-
-
-@pytest.fixture(scope="module")
-def services() -> Services:
-    return Services([service_of(name, scenario) for name, scenario in CASES])
-
-
-@pytest.fixture(scope="module")
-def prometheus(
-    services: Services, program: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    port = free_port()
-    directory = tmp_path_factory.mktemp("prometheus")
-    process = start_prometheus(program("prometheus"), directory, services.url.removeprefix("http://"), port)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        # Enough of a baseline that "broken" stands out from it.
-        until(lambda: query(url, "min(count_over_time(probe_broken[1m])) >= 16"), "Prometheus has a baseline")
-        yield url
-    finally:
-        process.kill()
-        process.wait()
+from agent_world import ROOT, Agent, Services, query, until
+from crash_names import ALWAYS, CASES, PASSAGE, TINY_JOURNAL, service_of
 
 
 def test_every_failpoint_of_the_code_has_a_case() -> None:
