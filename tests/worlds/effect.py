@@ -5,9 +5,10 @@ usage: effect.py do|check|undo --directory DIR --url URL --service SERVICE --inc
 `do` appends a line to DIR/effects and heals the service at URL, unless its name says that it cannot be healed; `check`
 ends with 0 if that is in effect (done, and not undone) and 1 if not; `undo` appends a line to DIR/undone.
 
-Three files make it a worse program. DIR/slow lets `do` take its time before anything happens. DIR/kill holds the name of a point (`do_begin`, `do_done`, `do_healed`,
-`check_begin`, `check_end`, `undo_begin`, `undo_done`) at which it kills itself with SIGKILL, once. DIR/linger makes
-every `do` and `undo` leave a process behind that has gone to a session of its own, twice removed, and ignores SIGTERM.
+Three files make it a worse program. DIR/slow lets `do` take its time before anything happens. DIR/kill holds the name
+of a point (`do_begin`, `do_done`, `do_healed`, `check_begin`, `check_end`, `undo_begin`, `undo_done`) at which it kills
+itself with SIGKILL, once. DIR/linger makes every `do` and `undo` leave a process behind that has gone to a session of
+its own, twice removed, and ignores SIGTERM.
 """
 
 from __future__ import annotations
