@@ -164,6 +164,7 @@ class StepMoved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     result: RunResult | None = None
     leaf: str = ""  # cgroup leaf of the run, so that a restart can find and kill it
     snapshot: str = ""  # fault snapshot kept before the intent, by file name
+    refusal: Refusal | None = None  # with denied, expired, cancelled: which gate it was
     stop: bool = False  # with handed_over: nothing more of this plan happens by itself, not even undoing
 
 

@@ -139,7 +139,7 @@ class _Book:
 
     async def move(
         self, i: int, after: StepState, reason: str = "", *, result: RunResult | None = None, leaf: str = "",
-        snapshot: str = "", stop: bool = False,
+        snapshot: str = "", refusal: Refusal | None = None, stop: bool = False,
     ) -> None:  # fmt: skip
         """Returns when the move is durable. Raises _Interrupted when it cannot be made so, IllegalMove on a bug."""
         check_move(self.states[i], after)
@@ -154,6 +154,7 @@ class _Book:
             result=result,
             leaf=leaf,
             snapshot=snapshot,
+            refusal=refusal,
             stop=stop,
         )
         try:
@@ -218,11 +219,14 @@ class Runner:
             return PlanOutcome(plan=plan.id, result="interrupted", states=states, reason=what)
         return await self._guarded(book, cancelled)
 
-    async def close(self, plan: Plan, after: StepState, reason: str) -> PlanOutcome:
+    async def close(
+        self, plan: Plan, after: StepState, reason: str, refusal: Refusal | None = None
+    ) -> PlanOutcome:
         """Ends a plan of which nothing has begun: DENIED, EXPIRED or CANCELLED."""
         if after not in CLOSING:
             raise ValueError(f"close: {after} is not a way to end a plan that has not begun")
         book = _Book(plan, self._ledger, self._clock)
+        book.refusal = refusal
         try:
             await self._close_planned(book, after, reason)
         except _Interrupted as error:
@@ -265,6 +269,12 @@ class Runner:
     async def _forward(self, book: _Book, cancelled: asyncio.Event) -> None:
         """Begins what is planned and verifies what ran, until something goes wrong."""
         plan = book.plan
+        if closed := book.having(*CLOSING):
+            # A crash came between the closing of one step and of the next: the decision was about all of them.
+            last = book.last[closed[0]]
+            assert last is not None
+            book.refusal = last.refusal
+            await self._close_planned(book, last.after, last.reason)
         for i, step in enumerate(plan.steps):
             while book.states[i] is _S.PLANNED:
                 stop, snapshot, remark = self._why_not(book, i, cancelled), "", ""
@@ -306,7 +316,7 @@ class Runner:
     async def _close_planned(self, book: _Book, after: StepState, reason: str) -> None:
         book.reason = book.reason or reason
         for i in book.having(_S.PLANNED):
-            await book.move(i, after, reason)
+            await book.move(i, after, reason, refusal=book.refusal)
 
     async def _back_out(self, book: _Book) -> None:
         """Undoes in reverse what was done. Ends early when a person must have the plan."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from effect_world import Crash as Crash
 
 import sandbox
 from actions.catalog import ActionDefinition, parse_action
@@ -18,10 +19,6 @@ from actions.policy import AutonomyPolicy, GuardPolicy
 from sandbox.model import EnforcedBy, Limits, Protection, RunResult
 
 NOW = 1_700_000_000.0
-
-
-class Crash(BaseException):
-    """The process dies here: no handler of the code under test may catch it."""
 
 
 @dataclass
