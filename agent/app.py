@@ -27,6 +27,7 @@ from actions.catalog import load_catalog
 from actions.model import BreakerState
 from agent import __version__, log
 from agent.config import Config
+from agent.expressions import Expressions, rules_of
 from agent.http.auth import Credential, Guard
 from agent.http.server import Options, Serving, build_app
 from agent.http.server import serve as serve_http
@@ -107,12 +108,14 @@ async def running(config: Config) -> AsyncIterator[App]:
         async with contextlib.AsyncExitStack() as stack:
             sources: list[Source] = [HostSource(config.inventory_strings)]
             discover = None
+            expressions = Expressions()
             if config.prometheus.url:
                 prometheus = await stack.enter_async_context(PrometheusSource(_prometheus(config)))
                 sources.append(prometheus)
+                expressions = Expressions(rules_of(prometheus))
                 if config.topology.service_graph:
                     discover = Discovery(prometheus).topology
-            situations = Situations(config, NO_PACKS, sources, topology, discover)
+            situations = Situations(config, NO_PACKS, sources, topology, discover, expressions=expressions)
             verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry)
             remediation = Remediation(config, catalog, store, verifier, telemetry)
             app = App(config, store, telemetry, remediation)

@@ -54,12 +54,26 @@ def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> Pack
             faults += [msgspec.structs.replace(f, path=(error.where, *f.path)) for f in error.faults]
             continue
         disabled = pack.pack in disable
-        packs.append(msgspec.structs.replace(pack, queries={}, causes={}, rules={}) if disabled else pack)
+        packs.append(msgspec.structs.replace(pack, alerts={}, queries={}, causes={}, rules={}) if disabled else pack)
     unknown = sorted(set(disable) - {p.pack for p in packs})
     faults += [Fault(("disable", name), "there is no such pack") for name in unknown]
     if faults:
         raise PackError("packs", faults)
-    return PackSet.of(packs)
+    return PackSet.of(_without_disabled(packs) if disable else packs)
+
+
+def _without_disabled(packs: list[Pack]) -> list[Pack]:
+    """Alerts no longer name causes that went with their pack; an alert that names no other is not known any more."""
+    left = {cause for pack in packs for cause in pack.causes}
+    found = []
+    for pack in packs:
+        kept = {
+            name: msgspec.structs.replace(entry, causes=causes)
+            for name, entry in pack.alerts.items()
+            if (causes := tuple(c for c in entry.causes if c in left))
+        }
+        found.append(msgspec.structs.replace(pack, alerts=kept))
+    return found
 
 
 def shipped_texts() -> list[tuple[str, str]]:

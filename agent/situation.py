@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent.config import Config
+from agent.expressions import Expressions, Told
 from agent.fold_model import Incident
 from agent.fold_state import State
-from agent.sources import EvidenceRequest, Source, gather
-from rules.model import Evidence, Situation, Topology
-from rules.packs import EvidenceQuery, PackSet
+from agent.sources import EvidenceRequest, Source, bounded, gather
+from rules.expression import ExpressionError, read
+from rules.model import Alert, Evidence, Fact, Situation, Topology
+from rules.packs import PackSet
+from rules.subjects import EXPRESSION_FACT, entry_of, kind_of, subject_of
 
 DISCOVERY_SECONDS = 300.0  # how long a topology that was read from metrics is believed
+HOLD_COUNTS = 60.0  # a shorter `for` lies within the onset's margin
 UNREACHED = 5.0  # seconds after which a discovery that failed is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What an incident is about: its alerts, the node where it was seen, the causes that packs name for these alerts,
+    for how long the trouble had lasted when the first of them fired, and what is known of their rules."""
+
+    alerts: tuple[Alert, ...]
+    entry: str
+    causes: frozenset[str]
+    hold_seconds: float
+    told: Mapping[str, Told]
+    tenant: str
 
 
 @dataclass(slots=True)
@@ -33,34 +50,41 @@ class Situations:
     topology: Topology
     discover: Callable[[float], Awaitable[Topology]] | None = None
     clock: Callable[[], float] = time.time
+    expressions: Expressions = field(default_factory=Expressions)
     _known: Topology | None = field(default=None, init=False)
     _known_until: float = field(default=0.0, init=False)
 
-    def entry(self, incident: Incident) -> str:
-        """The service where the trouble was seen: the first configured label that names a service of the topology, or
-        else the first one that is there at all."""
+    def entry(self, alerts: Sequence[Alert], told: Mapping[str, Told]) -> str:
+        """The node where the trouble was seen. What a pack knows the alert to be about; else the first configured label
+        that names a service of the topology, or the first one that is there at all; else the most specific thing that
+        the labels name. "" without alerts."""
+        for alert in alerts:
+            known = entry_of(alert.labels, _metrics(told.get(alert.fingerprint, Told())), self.packs.alerts)
+            if known is not None:
+                return subject_of(alert.labels, known.subject)
         services = set(self.topology.services())
         named: list[str] = []
-        for alert in incident.firing or tuple(incident.alerts.values()):
+        for alert in alerts:
             for label in self.config.service_labels:
                 value = alert.labels.get(label, "")
                 if value in services:
                     return value
                 if value:
                     named.append(value)
-        return named[0] if named else ""
+        return named[0] if named else next((subject_of(alert.labels) for alert in alerts), "")
 
     async def of(self, incident: Incident, state: State) -> Situation:
         """Everything the packs ask for, up to now. The window begins `prometheus.window_seconds` before the alert
         started; what lies less than `prometheus.onset_margin_seconds` before the start is already abnormal, since an
-        alert fires only after its rate window and its `for` have passed."""
+        alert fires only after its rate window and its `for` have passed; the rule's `for`, where it is known and at
+        least a minute, is taken into account exactly."""
         prometheus = self.config.prometheus
         now = self.clock()
-        onset = min(incident.onset, now) - prometheus.onset_margin_seconds
+        about = await self._about(incident)
+        onset = min(incident.onset, now) - prometheus.onset_margin_seconds - about.hold_seconds
         start = min(onset, now) - prometheus.window_seconds
-        entry = self.entry(incident)
         topology = await self._topology(now)
-        evidence = await self._gather(self.packs.queries(), entry, topology, (start, now), incident.tenant)
+        evidence = await self._gather(about, topology, (start, now))
         # Earlier trouble began before its alert fired, and left the rate windows after it had ended, as this one does.
         before, after = prometheus.onset_margin_seconds, prometheus.rate_window_seconds
         windows = [
@@ -69,8 +93,8 @@ class Situations:
             for begin, end in state.quiet_windows(service, start - after, onset, without=incident.id)
         ]
         return Situation(
-            alerts=tuple(incident.alerts.values()),
-            entry=entry,
+            alerts=about.alerts,
+            entry=about.entry,
             onset=onset,
             until=now,
             evidence=evidence,
@@ -81,39 +105,60 @@ class Situations:
     async def since(self, incident: Incident, names: Collection[str], start: float) -> Situation:
         """Only the signals `names`, from `start` to now: what a verdict on recovery needs."""
         now = self.clock()
-        entry = self.entry(incident)
+        about = await self._about(incident)
         topology = await self._topology(now)
-        queries = tuple(q for q in self.packs.queries() if q.name in names)
-        evidence = await self._gather(queries, entry, topology, (min(start, now), now), incident.tenant)
+        evidence = await self._gather(about, topology, (min(start, now), now), names)
         return Situation(
-            alerts=tuple(incident.alerts.values()),
-            entry=entry,
+            alerts=about.alerts,
+            entry=about.entry,
             onset=start,
             until=now,
             evidence=evidence,
             topology=topology,
         )
 
+    async def _about(self, incident: Incident) -> About:
+        every = tuple(incident.alerts.values())
+        return await self.about(every, incident.firing or every, incident.tenant)
+
+    async def about(self, alerts: tuple[Alert, ...], firing: Sequence[Alert], tenant: str) -> About:
+        """What an incident of these alerts is about."""
+        tenant = self.config.prometheus.tenant or tenant
+        told = await self.expressions.of(alerts, tenant, self.config.prometheus.timeout_seconds)
+        entries = [entry_of(a.labels, _metrics(told[a.fingerprint]), self.packs.alerts) for a in alerts]
+        hold = min((t.hold_seconds for t in told.values()), default=0.0)
+        return About(
+            alerts=alerts,
+            entry=self.entry(firing, told),
+            causes=frozenset(cause for entry in entries if entry is not None for cause in entry.causes),
+            hold_seconds=hold if hold >= HOLD_COUNTS else 0.0,
+            told=told,
+            tenant=tenant,
+        )
+
     async def _gather(
-        self,
-        queries: tuple[EvidenceQuery, ...],
-        entry: str,
-        topology: Topology,
-        window: tuple[float, float],
-        tenant: str,
+        self, about: About, topology: Topology, window: tuple[float, float], names: Collection[str] | None = None
     ) -> tuple[Evidence, ...]:
+        """What the packs ask of the services reachable from the entry and about the alerts, `names` only if given."""
+        entry = about.entry
         reachable = topology.paths_from(entry) if entry in topology.services() else ()
-        services = tuple(sorted({*reachable, entry} - {""})) or topology.services()
+        named = {*reachable, entry} if not kind_of(entry) else set(reachable)
+        services = tuple(sorted(named - {""})) or topology.services()
+        queries = [q for q in self.packs.asked(about.causes) if names is None or q.name in names]
+        if kind_of(entry) and not services:  # no service is involved, so nothing is asked of services
+            queries = [q for q in queries if "$scope" not in q.query]
         prometheus = self.config.prometheus
         request = EvidenceRequest(
-            queries=queries,
+            queries=tuple(queries),
             services=services,
             start=window[0],
             end=window[1],
             step=prometheus.step_seconds,
-            tenant=prometheus.tenant or tenant,
+            tenant=about.tenant,
+            alerts=tuple(dict(alert.labels) for alert in about.alerts),
         )
-        return await gather(self.sources, request, prometheus.timeout_seconds)
+        evidence = await gather(self.sources, request, prometheus.timeout_seconds)
+        return (*evidence, *_expressions(about))
 
     async def _topology(self, now: float) -> Topology:
         if self.discover is None:
@@ -134,3 +179,32 @@ class Situations:
                 return await discover(seconds)
         except TimeoutError:
             return Topology()
+
+
+def _metrics(told: Told) -> tuple[str, ...]:
+    """The metrics that an alert's expression reads, as far as it can be read."""
+    try:
+        return read(told.expression).metrics if told.expression else ()
+    except ExpressionError:
+        return ()
+
+
+def _expressions(about: About) -> tuple[Evidence, ...]:
+    """The alerts' expressions as facts: what packs match by, and what a recording needs to be matched again. An alert
+    whose expression is unknown or unreadable makes missing evidence, once."""
+    facts: list[Fact] = []
+    reasons: dict[str, str] = {}
+    for alert in about.alerts:
+        told = about.told[alert.fingerprint]
+        try:
+            if told.missing is not None:
+                raise ExpressionError(told.missing)
+            expression = read(told.expression)
+        except ExpressionError as error:
+            reasons.setdefault(alert.name, f"{bounded(alert.name, 80)}: {bounded(str(error))}")
+            continue
+        attributes = {"expression": told.expression, "metrics": " ".join(expression.metrics)}
+        facts.append(Fact(EXPRESSION_FACT, alert.fingerprint, "", attributes))
+    missing = bounded("; ".join(reasons.values()))
+    found = [Evidence(EXPRESSION_FACT, "alert", facts=tuple(facts))] if facts else []
+    return (*found, *([Evidence(EXPRESSION_FACT, "alert", missing=missing)] if missing else []))

@@ -21,6 +21,7 @@ from rules.evidence import NOTHING, Observation, Observer, clean, describe, desc
 from rules.features import findings_of
 from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
 from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
+from rules.subjects import causes_named
 
 CLEAR_POSTERIOR = 0.5  # more likely than everything else together
 CLEAR_MARGIN = 0.15
@@ -93,14 +94,30 @@ def weigh(observer: Observer) -> tuple[Candidate, ...]:
     the deeper comes first (symptoms travel towards the caller), then what rests on the larger changes; names decide
     last.
     """
+    packs = observer.packs
+    fired = _fire(observer, compiled(packs)[1])
+    named = causes_named(observer.situation, packs.alerts)
+    known = frozenset(packs.causes) - (packs.alert_causes - named)
+    specific = _weighed(observer, known - packs.fallback_causes, *fired)
+    if not packs.fallback_causes or math.fsum(c.posterior for c in specific) > NAMED_AT_ALL:
+        return specific
+    return _weighed(observer, known, *fired)
+
+
+def _weighed(
+    observer: Observer,
+    known: frozenset[str],
+    supports: dict[tuple[str, str], tuple[str, ...]],
+    pruned: set[tuple[str, str]],
+) -> tuple[Candidate, ...]:
+    """`weigh` among the causes `known`."""
     packs, graph = observer.packs, observer.graph
-    model, matcher = compiled(packs)
-    supports, pruned = _fire(observer, matcher)
+    model, _ = compiled(packs)
     pairs = [
         (service, row)
         for service in graph.paths
         for row, cause in enumerate(model.causes)
-        if graph.kind(service) in packs.causes[cause].kinds and (service, cause) not in pruned
+        if cause in known and packs.causes[cause].fits(graph.kind(service)) and (service, cause) not in pruned
     ]
     if not pairs:
         return ()
@@ -241,7 +258,15 @@ def _hypothesis(candidate: Candidate, observer: Observer, propose: bool) -> Hypo
         contributions=contributions,
         proposals=tuple(p for p in proposals if p is not None),
         sentence=_filled(cause.sentence, words),
+        no_remedy=cause.no_remedy,
+        runbook=cause.runbook or _runbook(observer.situation),
     )
+
+
+def _runbook(situation: Situation) -> str:
+    """The link that the alert itself brings; only a plain web address, since people will follow it."""
+    urls = (clean(alert.annotations.get("runbook_url", ""), 500) for alert in situation.alerts)
+    return next((url for url in urls if url.startswith(("https://", "http://"))), "")
 
 
 def _words(
@@ -304,7 +329,7 @@ def _proposal(
         service=candidate.service,
         params=params,
         reason=reason,
-        runbook=template.runbook or cause.runbook,
+        runbook=template.runbook or cause.runbook or _runbook(observer.situation),
         autonomy_cap=cap,
     )
 
@@ -313,6 +338,9 @@ def _resolved(reference: Reference, candidate: Candidate, observer: Observer, se
     kind, _, name = reference.source.partition(".")
     if kind == "candidate":
         return candidate.service if name == "service" else observer.graph.entry
+    if kind == "alert":
+        values = {value for alert in observer.situation.alerts if (value := alert.labels.get(name, ""))}
+        return values.pop() if len(values) == 1 else None
     if seen.state not in ("strong", "weak"):
         return None
     if kind == "fact":

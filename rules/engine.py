@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from rules.features import Finding
 from rules.model import Fact, Situation
 from rules.packs import Condition, PackSet, Pattern, Rule, Scalar
+from rules.subjects import kind_of
 
 Record = Mapping[str, Scalar]
 Binding = tuple[tuple[str, Scalar], ...]
@@ -61,7 +62,9 @@ def graph_of(situation: Situation, packs: PackSet, findings: Sequence[Finding]) 
     speaking = {f.service for f in findings if f.service}
     nodes = {s for edge in edges for s in edge} | set(situation.topology.kinds) | speaking
     nodes |= {situation.entry} - {""}
-    kinds = {s: _kind(s, situation, packs, findings, speaking) for s in nodes}
+    kinds = {s: kind_of(s) or _kind(s, situation, packs, findings, speaking) for s in nodes}
+    if situation.entry and any(caller == situation.entry for caller, _ in edges):  # else it reaches everything anyway
+        edges |= {(situation.entry, s) for s in nodes if kind_of(s) and s != situation.entry}
     host = _local_host(edges, kinds, facts)
     if host == LOCAL_HOST and host not in nodes:
         kinds[host] = "host"

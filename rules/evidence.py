@@ -44,8 +44,10 @@ class Observer:
     _by_peer: dict[tuple[str, str], list[Finding]] = field(default_factory=dict, repr=False)
     _known: dict[tuple[str, str, str], Observation] = field(default_factory=dict, repr=False)
     _processes: dict[str, Record] = field(default_factory=dict, repr=False)
+    _arrived: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
+        self._arrived = frozenset(e.name for e in self.situation.evidence if e.missing is None)
         for finding in self.findings:
             self._by_service.setdefault((finding.group, finding.service), []).append(finding)
             if finding.peer:
@@ -106,7 +108,7 @@ class Observer:
 
     def looked(self, evidence: str) -> bool:
         """Whether that evidence arrived, be it empty."""
-        return any(e.name == evidence and e.missing is None for e in self.situation.evidence)
+        return evidence in self._arrived
 
     def fact_state(self, fact: Fact, test: FactTest) -> State:
         """Strong, weak or absent, of one fact that `test.where` selects; absent if it does not."""
@@ -127,7 +129,12 @@ class Observer:
         test = self.packs.groups[group].facts
         if test is not None:
             return _worst(self._test(node, test) for node in nodes)
-        return _strongest([f for node in nodes for f in self._by_service.get((group, node), ())])
+        seen = _strongest([f for node in nodes for f in self._by_service.get((group, node), ())])
+        return Observation("absent") if seen is NOTHING and nodes and self._answered_none(group) else seen
+
+    def _answered_none(self, group: str) -> bool:
+        """Whether a signal of the group was asked for and answered, and no such series counts as absence."""
+        return any(self.looked(name) for name in self.packs.speaks_by_absence.get(group, ()))
 
     def _nodes(self, service: str, at: str) -> list[str]:
         graph = self.graph

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from rules.model import BoolArray, Evidence, FloatArray, Frame, SeriesId, Situation
 from rules.packs import PackSet, Signal, State
+from rules.subjects import SUBJECT, node_name
 
 WEAK = 3.0
 STRONG = 6.0
@@ -105,7 +106,7 @@ def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
         features = measure(frame, Traits.of(signals), situation)
         for i, (series, signal) in enumerate(zip(frame.ids, signals, strict=True)):
             if series not in found:
-                found[series] = finding_of(series, signal, features, i)
+                found[series] = finding_of(series, signal, features, i, _node(series, signal, situation.entry))
     deaf = {f.service for f in found.values() if packs.signals[f.signal].kind == "up" and _unreachable(f)}
     return tuple(_heard(found[s], packs, deaf) for s in sorted(found, key=lambda s: (s.metric, s.labels)))
 
@@ -282,7 +283,17 @@ def _onset(
     return np.where(lasting.any(axis=1), times[first] if times.shape[0] else np.nan, np.nan)
 
 
-def finding_of(series: SeriesId, signal: Signal, features: Features, i: int) -> Finding:
+def _node(series: SeriesId, signal: Signal, entry: str) -> str:
+    """The node that a series describes: its service, what the alert is about, or the entity that its labels name."""
+    if not signal.node:
+        return series.service
+    if signal.node == SUBJECT:
+        return entry
+    return node_name(signal.node, dict(series.labels)) or entry
+
+
+def finding_of(series: SeriesId, signal: Signal, features: Features, i: int, node: str | None = None) -> Finding:
+    """`node`: what the series describes, its service unless told."""
     z, level, baseline = float(features.z[i]), float(features.level[i]), float(features.baseline[i])
     state = _state(signal, z, level, baseline, bool(features.based[i]), bool(features.present[i]))
     silent = bool(features.silent[i]) and state not in ("strong", "weak")
@@ -297,7 +308,7 @@ def finding_of(series: SeriesId, signal: Signal, features: Features, i: int) -> 
         series=series,
         signal=series.metric,
         group=signal.group,
-        service=series.service,
+        service=series.service if node is None else node,
         peer=host_name(peer),
         state=state,
         direction=direction,
@@ -319,7 +330,8 @@ def _state(signal: Signal, z: float, level: float, baseline: float, based: bool,
         was = based and (baseline <= signal.limit if signal.bad == "down" else baseline >= signal.limit)
         if beyond:
             if based and z < CROSSED:
-                return "absent"  # it crossed the limit, but no further than it moves anyway
+                # It crossed the limit, but no further than it moves anyway; a condition that held before still holds.
+                return "weak" if signal.kind == "flag" and was else "absent"
             return "weak" if was else "strong"
         if signal.kind == "saturation":
             return "weak" if based and z >= STRONG else "absent"

@@ -258,6 +258,8 @@ class Hypothesis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     contributions: tuple[Contribution, ...] = ()
     proposals: tuple[Proposal, ...] = ()
     sentence: str = ""
+    no_remedy: str = ""  # why nothing is proposed, where the pack says so
+    runbook: str = ""  # of the cause, or else of the alert
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
+
+from rules.subjects import ENTITIES, SUBJECT, fault_of
 
 SignalKind = Literal["latency", "error_ratio", "rate", "saturation", "level", "count", "up", "age", "flag"]
 State = Literal["strong", "weak", "absent", "contrary", "silent"]
@@ -29,7 +31,9 @@ VOCABULARY = frozenset(
     | {"pid", "process", "cpu_percent", "user", "subject"}  # of the fact that the cause points at
     | {"flag", "peer", "queue", "mountpoint"}  # labels of the series that the cause points at
 )
-REFERENCE = re.compile(r"(candidate\.service|candidate\.entry|fact\.[a-z_]+|label\.[a-zA-Z_][a-zA-Z0-9_]*)")
+REFERENCE = re.compile(
+    r"(candidate\.service|candidate\.entry|fact\.[a-z_]+|label\.[a-zA-Z_][a-zA-Z0-9_]*|alert\.[a-zA-Z_][a-zA-Z0-9_]*)"
+)
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 
@@ -40,8 +44,9 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class EvidenceQuery(_Strict, frozen=True, kw_only=True):
     """One question to a source. `query` may hold `$service` (label name), `$scope` (a complete matcher over the
-    services of the incident) and `$rate` (a duration); the source replaces them by validated, escaped text. Every
-    series of the answer becomes `name{service=...}` with its remaining labels kept."""
+    services of the incident), `$alert(...)` (matchers made of the alert's own labels, see `rules.subjects`) and `$rate`
+    (a duration); the source replaces them by validated, escaped text. Every series of the answer becomes
+    `name{service=...}` with its remaining labels kept."""
 
     name: str
     query: str
@@ -85,6 +90,10 @@ class Signal(_Strict, frozen=True, kw_only=True):
     growth: bool = False  # a steady rise over the whole window counts, even when the baseline holds part of it
     silent: Literal["missing", "absent", "weak", "strong", "silent"] = "missing"
     implies: str = ""  # node kind of the service that has this signal, where the topology does not say
+    # Which node its series describe: "" the service of their label, `subject` what the alert is about, or an entity
+    # kind (`pod`, `node`, ...; see `rules.subjects`) that their own labels name.
+    node: str = ""
+    none: Literal["absent", "missing"] = "missing"  # what an answer without any series counts as
     derive: Derivation | None = None
 
 
@@ -132,7 +141,8 @@ class Likelihood(_Strict, frozen=True, kw_only=True):
 
 
 class Reference(_Strict, frozen=True, kw_only=True):
-    """A parameter taken from the hypothesis: `candidate.service`, `fact.<attribute>`, `label.<label>`."""
+    """A parameter taken from the hypothesis: `candidate.service`, `fact.<attribute>`, `label.<label>`, or from the
+    alert: `alert.<label>`."""
 
     source: str = msgspec.field(name="from")
 
@@ -151,9 +161,10 @@ class ProposalTemplate(_Strict, frozen=True, kw_only=True):
 
 class Cause(_Strict, frozen=True, kw_only=True):
     """A possible root cause of a node of one of `kinds`. `prior` is its probability at one service, before any
-    evidence, given that something is wrong. `needs` are its defining evidence columns: unless one of them (or a rule)
-    speaks for it, it is no candidate. No proposals: there is no safe remedy, so the incident is escalated; `no_remedy`
-    says why (`packs lint` asks for it)."""
+    evidence, given that something is wrong (of a cause that alerts name: given the alert). `needs` are its defining
+    evidence columns: unless one of them (or a rule) speaks for it, it is no candidate. The kind `any` fits every node.
+    No proposals: there is no safe remedy, so the incident is escalated; `no_remedy` says why (`packs lint` asks for
+    it)."""
 
     title: str
     fault: str
@@ -165,6 +176,20 @@ class Cause(_Strict, frozen=True, kw_only=True):
     proposals: tuple[ProposalTemplate, ...] = ()
     no_remedy: str = ""
     runbook: str = ""
+
+    def fits(self, kind: str) -> bool:
+        """Whether it may be a cause at a node of that kind."""
+        return kind in self.kinds or "any" in self.kinds
+
+
+class AlertEntry(_Strict, frozen=True, kw_only=True):
+    """What is known about one alert: its possible causes and what it is about. Its key is the alert's name, or
+    `name/severity`; with `metrics` (globs) it also stands for every alert that no name matches and whose expression
+    reads such a metric. A cause that any entry names is a candidate only for alerts whose entry names it."""
+
+    causes: tuple[str, ...]
+    subject: str = ""  # entity kind; "": the most specific one that the alert's labels name
+    metrics: tuple[str, ...] = ()
 
 
 class Pattern(_Strict, frozen=True, kw_only=True):
@@ -193,11 +218,14 @@ class Rule(_Strict, frozen=True, kw_only=True):
 
 
 class Pack(_Strict, frozen=True, kw_only=True):
-    """One file. Ids are keys, so that they cannot come twice."""
+    """One file. Ids are keys, so that they cannot come twice. The causes of a `fallback` pack compete only where all
+    others together explain less than half."""
 
     pack: str
     version: int
     description: str = ""
+    fallback: bool = False
+    alerts: dict[str, AlertEntry] = {}
     queries: dict[str, str] = {}
     signals: dict[str, Signal] = {}
     groups: dict[str, Group] = {}
@@ -254,7 +282,7 @@ class PackSet:
         """Raises PackError when an id comes twice or a reference between packs leads nowhere."""
         found = cls(tuple(sorted(packs, key=lambda p: p.pack)))
         faults: list[Fault] = []
-        for table in ("queries", "signals", "groups", "causes", "rules"):
+        for table in ("alerts", "queries", "signals", "groups", "causes", "rules"):
             owner: dict[str, str] = {}
             for pack in found.packs:
                 for name in getattr(pack, table):
@@ -277,9 +305,37 @@ class PackSet:
                 found[name] = EvidenceQuery(name=name, query="", source=group.facts.source)
         return tuple(found[name] for name in sorted(found))
 
+    def asked(self, causes: Collection[str]) -> tuple[EvidenceQuery, ...]:
+        """What of `queries()` an incident asks whose alerts name `causes`: all that is asked of services, and of what
+        is asked by an alert's labels, that which evidence of these causes looks at."""
+        groups = {line.group for name in causes for line in self.causes[name].evidence}
+        return tuple(q for q in self.queries() if "$alert(" not in q.query or self.signals[q.name].group in groups)
+
+    @cached_property
+    def alerts(self) -> dict[str, AlertEntry]:
+        return {n: a for p in self.packs for n, a in p.alerts.items()}
+
+    @cached_property
+    def alert_causes(self) -> frozenset[str]:
+        """Causes that some alert names: candidates for those alerts alone."""
+        return frozenset(cause for entry in self.alerts.values() for cause in entry.causes)
+
+    @cached_property
+    def fallback_causes(self) -> frozenset[str]:
+        return frozenset(cause for pack in self.packs if pack.fallback for cause in pack.causes)
+
     @cached_property
     def signals(self) -> dict[str, Signal]:
         return {n: s for p in self.packs for n, s in p.signals.items()}
+
+    @cached_property
+    def speaks_by_absence(self) -> dict[str, tuple[str, ...]]:
+        """Per group the signals of which an answer without any series says that there is nothing of the kind."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, signal in sorted(self.signals.items()):
+            if signal.none == "absent":
+                found[signal.group] = (*found.get(signal.group, ()), name)
+        return found
 
     @cached_property
     def groups(self) -> dict[str, Group]:
@@ -354,20 +410,33 @@ def _convert_struct(
 
 
 def _check_pack(pack: Pack, faults: list[Fault]) -> None:
+    for name, entry in pack.alerts.items():
+        if entry.subject and entry.subject not in ENTITIES:
+            faults.append(Fault(("alerts", name, "subject"), f"unknown entity; known: {', '.join(sorted(ENTITIES))}"))
+        if not entry.causes:
+            faults.append(Fault(("alerts", name, "causes"), "names no cause"))
     for table in ("queries", "signals", "groups", "causes", "rules"):
         for name in getattr(pack, table):
             if not _NAME.fullmatch(name):
                 faults.append(Fault((table, name), "names are lower case words joined by _ and ."))
     for name, text in pack.queries.items():
-        if "$scope" not in text:
-            faults.append(Fault(("queries", name), "lacks $scope: it would ask for every series of the server"))
-        for variable in set(re.findall(r"\$[a-zA-Z_]+", text)) - {"$scope", "$service", "$rate"}:
+        if "$scope" not in text and "$alert(" not in text:
+            faults.append(
+                Fault(("queries", name), "lacks $scope or $alert: it would ask for every series of the server")
+            )
+        for variable in set(re.findall(r"\$[a-zA-Z_]+", text)) - {"$scope", "$service", "$rate", "$alert"}:
             faults.append(Fault(("queries", name), f"unknown variable {variable}"))
+        for items in re.findall(r"\$alert(\([^()]*\))?", text):
+            if (reason := fault_of(items)) is not None:
+                faults.append(Fault(("queries", name), reason))
     for name, signal in pack.signals.items():
         if not (math.isfinite(signal.floor) and signal.floor > 0):
             faults.append(Fault(("signals", name, "floor"), "must be a positive number"))
         if signal.kind == "saturation" and signal.limit is None:
             faults.append(Fault(("signals", name, "limit"), "a saturation needs its limit"))
+        if signal.node and signal.node != SUBJECT and signal.node not in ENTITIES:
+            known = ", ".join(sorted(ENTITIES))
+            faults.append(Fault(("signals", name, "node"), f"unknown entity; known: {SUBJECT}, {known}"))
         if signal.derive is not None:
             _check_derivation(signal, signal.derive, ("signals", name), faults)
     for name, cause in pack.causes.items():
@@ -379,6 +448,8 @@ def _check_pack(pack: Pack, faults: list[Fault]) -> None:
 def _check_cause(cause: Cause, path: tuple[str | int, ...], faults: list[Fault]) -> None:
     if not 0 < cause.prior < 1:
         faults.append(Fault((*path, "prior"), "must lie between 0 and 1"))
+    if cause.proposals and cause.no_remedy:
+        faults.append(Fault((*path, "no_remedy"), "it has proposals, so there is one"))
     if not cause.kinds:
         faults.append(Fault((*path, "kinds"), "names no node kind"))
     for placeholder in _PLACEHOLDER.findall(cause.sentence):
@@ -410,7 +481,7 @@ def _check_cause(cause: Cause, path: tuple[str | int, ...], faults: list[Fault])
         for key, value in proposal.params.items():
             if isinstance(value, Reference) and not REFERENCE.fullmatch(value.source):
                 faults.append(Fault((*where, "params", key, "from"), f"cannot refer to {value.source!r}"))
-            elif isinstance(value, Reference) and not value.source.startswith("candidate.") and not proposal.using:
+            elif isinstance(value, Reference) and value.source.startswith(("fact.", "label.")) and not proposal.using:
                 faults.append(Fault((*where, "params", key, "from"), f"{value.source} needs `using`"))
 
 
@@ -477,6 +548,10 @@ def _check_references(pack: Pack, known: PackSet, faults: list[Fault]) -> None:
         for i, line in enumerate(cause.evidence):
             if line.group not in known.groups:
                 faults.append(Fault((pack.pack, "causes", name, "evidence", i, "group"), f"unknown group {line.group}"))
+    for name, entry in pack.alerts.items():
+        for i, cause_name in enumerate(entry.causes):
+            if cause_name not in known.causes:
+                faults.append(Fault((pack.pack, "alerts", name, "causes", i), f"unknown cause {cause_name}"))
     for name, rule in pack.rules.items():
         target = rule.then.support or rule.then.prune
         if target not in known.causes:

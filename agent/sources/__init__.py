@@ -47,8 +47,9 @@ class Query(Protocol):
 class EvidenceRequest:
     """What is asked of the sources about one incident.
 
-    `start`, `end`: unix seconds, both ends included; `step`: seconds between points. `services` bound `$scope`;
-    `tenant` is the tenant of the incident. Raises ValueError for a window that is not one.
+    `start`, `end`: unix seconds, both ends included; `step`: seconds between points. `services` bound `$scope`, the
+    labels of `alerts` `$alert(...)`; `tenant` is the tenant of the incident. Raises ValueError for a window that is
+    not one.
     """
 
     queries: tuple[Query, ...]
@@ -57,6 +58,7 @@ class EvidenceRequest:
     end: float
     step: float = 30.0
     tenant: str = ""
+    alerts: tuple[Mapping[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(x) for x in (self.start, self.end, self.step)):

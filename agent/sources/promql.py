@@ -2,17 +2,20 @@
 
 Called by `agent.sources.prometheus` (and by `agent.topology` for matchers). Exists because service names come from
 labels, which anybody may set: a value reaches a query only regex-escaped and then string-escaped, a name only if
-it is an identifier, a duration only if it is one. It never evaluates anything and knows three variables, no more.
+it is an identifier, a duration only if it is one. It never evaluates anything and knows four variables, no more.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from rules.features import host_name
+from rules.subjects import bindings_of, values_of
 
 LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 DURATION = re.compile(r"(?=[0-9])(?:[0-9]+y)?(?:[0-9]+w)?(?:[0-9]+d)?(?:[0-9]+h)?(?:[0-9]+m)?(?:[0-9]+s)?(?:[0-9]+ms)?")
-VARIABLE = re.compile(r"\$([a-zA-Z_][a-zA-Z0-9_]*)")  # `$1` of label_replace is not one of ours
+VARIABLE = re.compile(r"\$([a-zA-Z_][a-zA-Z0-9_]*)(?:(?<=\$alert)\(([^()]*)\))?")  # `$1` of label_replace is not ours
 RE2_SPECIAL = frozenset(r"\.+*?()|[]{}^$")  # what Go's regexp.QuoteMeta escapes
 MAX_SERVICES = 2_000
 MAX_SCOPE_BYTES = 256 * 1024
@@ -90,20 +93,59 @@ def matcher(label: str, values: Sequence[str]) -> str:
     return text
 
 
-def render(query: str, service_label: str, services: Sequence[str], rate: str) -> str:
-    """The query with `$service` (the label's name), `$scope` (a complete matcher) and `$rate` (a duration) filled in.
+def alert_matchers(items: str, alerts: Sequence[Mapping[str, str]]) -> str:
+    """`$alert(items)` as matchers over what the alerts' labels say, joined by commas; nothing where all items are
+    optional and none is there. Raises TemplateError for a label that no alert has, and for items that are none."""
+    try:
+        bindings = bindings_of(items)
+    except ValueError as error:
+        raise TemplateError(str(error)) from error
+    texts: list[str] = []
+    for binding in bindings:
+        values = values_of(binding, alerts)
+        if not values and not binding.optional:
+            raise TemplateError(f"the alert has no label {binding.source}")
+        if not values:
+            continue
+        if binding.how:
+            pattern = "|".join(_alternative(binding.how, value) for value in values)
+            texts.append(f"{label_name(binding.label)}=~{string_literal(pattern)}")
+        elif len(values) == 1:
+            texts.append(f"{label_name(binding.label)}={string_literal(values[0])}")
+        else:
+            texts.append(matcher(binding.label, values))
+    text = ",".join(texts)
+    if len(text) * 4 > MAX_SCOPE_BYTES and len(text.encode()) > MAX_SCOPE_BYTES:
+        raise TemplateError(f"the labels of {len(alerts)} alerts exceed {MAX_SCOPE_BYTES} bytes")
+    return text
+
+
+def _alternative(how: str, value: str) -> str:
+    """What one value allows, as an RE2 expression (see `rules.subjects`)."""
+    if how == "@":
+        return f"{regex_literal(host_name(value))}(:[0-9]+)?"
+    return f"{regex_literal(value)}-.+" if how == "*" else f"{regex_literal(value)}|"
+
+
+def render(
+    query: str, service_label: str, services: Sequence[str], rate: str, alerts: Sequence[Mapping[str, str]] = ()
+) -> str:
+    """The query with `$service` (the label's name), `$scope` (a complete matcher), `$alert(...)` (matchers made of the
+    labels of `alerts`) and `$rate` (a duration) filled in.
 
     One pass: what was filled in is not looked at again. Raises TemplateError.
     """
 
     def fill(match: re.Match[str]) -> str:
-        name = match.group(1)
+        name, items = match.groups()
         if name == "service":
             return label_name(service_label)
         if name == "scope":
             return matcher(service_label, services)
         if name == "rate":
             return duration(rate)
-        raise TemplateError(f"unknown variable ${name:.100}: a query knows $service, $scope and $rate")
+        if name == "alert" and items is not None:
+            return alert_matchers(items, alerts)
+        raise TemplateError(f"unknown variable ${name:.100}: a query knows $service, $scope, $alert(...) and $rate")
 
     return VARIABLE.sub(fill, query)

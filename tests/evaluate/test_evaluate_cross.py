@@ -14,7 +14,7 @@ from agent.evaluate import Case, Truth
 from agent.packs import load_packs
 from rules.diagnose import observe
 from rules.learn import IMAGINED_GIVEN, IMAGINED_OTHERWISE, Counts, count, refit
-from rules.model import Evidence, Frame, SeriesId, Situation, Topology
+from rules.model import Alert, Evidence, Frame, SeriesId, Situation, Topology
 from rules.packs import PackSet
 
 ONSET = 1_700_000_000.0
@@ -85,7 +85,7 @@ def test_nobody_learns_from_what_would_give_the_answer_away(
 
     def marked(observer: Any, service: str | None, fault: str) -> Counts:
         counts = count(observer, service, fault)
-        counts["mark", observer.situation.alerts[0], "strong", True] += 1
+        counts["mark", observer.situation.alerts[0].fingerprint, "strong", True] += 1
         return counts
 
     def noted(packs: PackSet, counts: Counts, causes: Any) -> PackSet:
@@ -94,8 +94,8 @@ def test_nobody_learns_from_what_would_give_the_answer_away(
 
     def read(directory: Path) -> Situation:
         whole = busy("a", "b")
-        alerts: Any = (directory.name,)
-        return Situation(alerts, whole.entry, whole.onset, whole.until, whole.evidence, whole.topology)
+        alert = Alert(tenant="", fingerprint=directory.name, status="firing", labels={}, starts_at=0.0, digest="")
+        return Situation((alert,), whole.entry, whole.onset, whole.until, whole.evidence, whole.topology)
 
     monkeypatch.setattr(crossval, "count", marked)
     monkeypatch.setattr(crossval, "refit", noted)
