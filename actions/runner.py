@@ -219,9 +219,7 @@ class Runner:
             return PlanOutcome(plan=plan.id, result="interrupted", states=states, reason=what)
         return await self._guarded(book, cancelled)
 
-    async def close(
-        self, plan: Plan, after: StepState, reason: str, refusal: Refusal | None = None
-    ) -> PlanOutcome:
+    async def close(self, plan: Plan, after: StepState, reason: str, refusal: Refusal | None = None) -> PlanOutcome:
         """Ends a plan of which nothing has begun: DENIED, EXPIRED or CANCELLED."""
         if after not in CLOSING:
             raise ValueError(f"close: {after} is not a way to end a plan that has not begun")

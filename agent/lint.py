@@ -7,6 +7,7 @@ that nothing can speak against, two causes that nothing tells apart. It changes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ import promql_parser
 from agent.packs import line_at, lines_of, read_pack, shipped_texts, texts_in
 from agent.sources.promql import TemplateError, render
 from rules.packs import STATES, Cause, Pack, PackError, PackSet, Pattern, Rule, Scalar, Signal, State
+from rules.subjects import ENTITIES, bindings_of
 
-KINDS = frozenset({"http", "worker", "service", "postgres", "host", "external"})  # node kinds that a topology may name
+KINDS = frozenset(
+    {"http", "worker", "service", "postgres", "host", "external", *ENTITIES}
+)  # node kinds that a topology may name
 FACTS = frozenset(
     {f"host.{name}" for name in ("process", "listener", "cpu", "memory", "disk", "pressure")}
     | {f"change.{name}" for name in ("release", "commit", "deploy", "flag")}
@@ -113,7 +117,12 @@ def _of_pack(pack: Pack) -> list[tuple[Path_, str]]:
 def promql_fault(text: str) -> str:
     """Why the query is no PromQL once its variables are filled in; "" if it is."""
     try:
-        promql_parser.parse(render(text, "service", ["a", "b"], "1m"))
+        bound = [b for items in re.findall(r"\$alert\(([^()]*)\)", text) for b in bindings_of(items)]
+        for labels in (
+            {b.source: "a" for b in bound},
+            {b.source: "a" for b in bound if not b.optional},
+        ):  # with and without what an alert may lack
+            promql_parser.parse(render(text, "service", ["a", "b"], "1m", [labels]))
     except (TemplateError, ValueError) as error:
         return f"no PromQL: {' '.join(str(error).split())[:200]}"
     return ""

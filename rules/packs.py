@@ -448,8 +448,6 @@ def _check_pack(pack: Pack, faults: list[Fault]) -> None:
 def _check_cause(cause: Cause, path: tuple[str | int, ...], faults: list[Fault]) -> None:
     if not 0 < cause.prior < 1:
         faults.append(Fault((*path, "prior"), "must lie between 0 and 1"))
-    if cause.proposals and cause.no_remedy:
-        faults.append(Fault((*path, "no_remedy"), "it has proposals, so there is one"))
     if not cause.kinds:
         faults.append(Fault((*path, "kinds"), "names no node kind"))
     for placeholder in _PLACEHOLDER.findall(cause.sentence):

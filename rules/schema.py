@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from rules.packs import REFERENCE, STATES, Pack
+from rules.subjects import ENTITIES, SUBJECT
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NAME = r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*$"
@@ -34,6 +35,9 @@ def pack_schema() -> dict[str, Any]:
         of["Pack"][table]["propertyNames"] = {"pattern": NAME}
     of["Pack"]["queries"]["additionalProperties"] = {"type": "string", "allOf": _queries()}
     of["Signal"]["floor"] = dict(_POSITIVE)
+    of["Signal"]["node"]["enum"] = ["", SUBJECT, *ENTITIES]
+    of["AlertEntry"]["subject"]["enum"] = ["", *ENTITIES]
+    of["AlertEntry"]["causes"]["minItems"] = 1
     of["Cause"]["prior"] = dict(_PROBABILITY)
     of["Cause"]["kinds"]["minItems"] = of["Cause"]["needs"]["minItems"] = of["Rule"]["when"]["minItems"] = 1
     of["Outcome"]["weight"] |= {"exclusiveMinimum": 0, "maximum": 3}
@@ -59,8 +63,9 @@ def _bound_comparisons(conditions: dict[str, Any]) -> None:
 
 
 def _queries() -> list[dict[str, Any]]:
-    """A query is bounded by `$scope` and knows three variables."""
-    return [{"pattern": r"\$scope"}, {"not": {"pattern": r"\$(?!(scope|service|rate)(?![a-zA-Z_]))[a-zA-Z_]"}}]
+    """A query is bounded by `$scope` or `$alert(...)` and knows four variables."""
+    known = r"\$(?!(scope|service|rate)(?![a-zA-Z_])|alert\()[a-zA-Z_]"
+    return [{"pattern": r"\$scope|\$alert\("}, {"not": {"pattern": known}}]
 
 
 def _saturation() -> dict[str, Any]:
