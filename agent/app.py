@@ -110,7 +110,7 @@ async def running(config: Config) -> AsyncIterator[App]:
             discover = None
             expressions = Expressions()
             if config.prometheus.url:
-                prometheus = await stack.enter_async_context(PrometheusSource(_prometheus(config)))
+                prometheus = await stack.enter_async_context(PrometheusSource(prometheus_of(config)))
                 sources.append(prometheus)
                 expressions = Expressions(rules_of(prometheus))
                 if config.topology.service_graph:
@@ -144,7 +144,8 @@ def _tracing(config: Config) -> Tracing:
     return Tracing(__version__, exporter, max_spans=otlp.max_spans)
 
 
-def _prometheus(config: Config) -> Prometheus:
+def prometheus_of(config: Config) -> Prometheus:
+    """The configured server, as its client wants it (also for commands that ask it themselves)."""
     section = config.prometheus
     basic, tls = section.basic, section.tls
     return Prometheus(

@@ -140,6 +140,13 @@ def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
     made = _add(commands, common, "diagnose", _diagnose, "rank the causes of recorded incidents")
     made.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help="a recording's directory")
     made.add_argument("--limit", type=_count, default=0, help="at most so many hypotheses (default: three)")
+    made = _add(commands, common, "record", _record, "write an incident's evidence as a recording")
+    made.add_argument("id", metavar="INCIDENT", help="an incident's id, or the beginning of one")
+    made.add_argument("--out", type=Path, metavar="DIR", help="where to (default: a directory named by the incident)")
+    made.add_argument("--now", action="store_true", help="up to now, instead of what the last diagnosis looked at")
+    made.add_argument(
+        "--expect", default="", metavar="CAUSE@SERVICE", help="make it a golden incident whose first cause is this"
+    )
     made = _add(
         commands, common, "evaluate", _evaluate, "measure the accuracy of diagnosis on recordings with known causes"
     )
@@ -317,6 +324,20 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     from agent.commands import diagnose
 
     return diagnose.diagnose(_config(arguments), tuple(arguments.recordings), arguments.limit, as_json=arguments.json)
+
+
+def _record(arguments: argparse.Namespace) -> int:
+    from agent.commands import record
+
+    return record.record(
+        _config(arguments),
+        _state_dir(arguments),
+        arguments.id,
+        arguments.out,
+        up_to_now=arguments.now,
+        expect=arguments.expect,
+        as_json=arguments.json,
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

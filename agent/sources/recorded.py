@@ -10,7 +10,7 @@ One directory an incident:
 * series.csv.gz: wide table, `time` (unix seconds), then one column a series in Prometheus notation; empty: no sample.
   Rows before the onset are the normal window, the others the abnormal one.
 * topology.json: `{"edges": [[caller, callee], ...], "kinds": {service: kind}}`; kinds are optional.
-* traces.jsonl.gz, logs.jsonl.gz: optional, one span or log record a line; read, not written.
+* traces.jsonl.gz, logs.jsonl.gz: optional, one span or log record a line (`agent.sources.spans`).
 * changes.json: optional, `{"releases": [], "commits": [], "deploys": [], "flags": []}`, objects that become facts.
 * facts.json: optional, `[{"evidence", "kind", "subject", "service", "attributes"}, ...]`.
 * missing.json: optional, `{evidence: reason}` of what could not be had.
@@ -38,7 +38,7 @@ import numpy as np
 
 from agent.alerts import PayloadError, parse_payload
 from agent.sources import EvidenceRequest, SourceError, bounded
-from agent.sources.spans import SpanRows, read_logs, read_spans
+from agent.sources.spans import SpanRows, read_logs, read_spans, write_logs, write_spans
 from rules.model import Alert, Evidence, Fact, FloatArray, Frame, Logs, SeriesId, Situation, Spans, Topology
 
 MAX_CSV_BYTES = 512 * 1024 * 1024  # of series.csv, unpacked
@@ -345,10 +345,8 @@ def _json(path: Path, kind: Any) -> Any:
 def write_recording(directory: Path, situation: Situation) -> None:
     """Writes the situation, into a directory that is made and must not hold another recording.
 
-    Raises ValueError for what it cannot write (no alert, alerts of two tenants, a fact that is not finite, spans and
-    log lines, of which only columns are left), and OSError."""
-    if situation.spans is not None or situation.logs is not None:
-        raise ValueError("write recording: spans and log lines are read from recordings, but not written")
+    Raises ValueError for what it cannot write (no alert, alerts of two tenants, a number that is not finite), and
+    OSError."""
     if not situation.alerts or len({alert.tenant for alert in situation.alerts}) != 1:
         raise ValueError("write recording: a recording has at least one alert, and alerts of one tenant")
     directory.mkdir(parents=True, exist_ok=True)
@@ -380,6 +378,10 @@ def write_recording(directory: Path, situation: Situation) -> None:
     texts = {name: json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) for name, body in files.items()}
     with gzip.GzipFile(directory / "series.csv.gz", "wb", mtime=0) as packed:  # no clock: equal input, equal bytes
         packed.write(table.csv().encode())
+    if situation.spans is not None:
+        write_spans(directory / "traces.jsonl.gz", situation.spans)
+    if situation.logs is not None:
+        write_logs(directory / "logs.jsonl.gz", situation.logs, situation.spans)
     for name, text in texts.items():  # alert.json last: a directory with one is whole
         (directory / name).write_text(text + "\n", "utf-8")
 

@@ -1,8 +1,8 @@
-"""Reads recorded spans and log lines, line by line, into columns. Called by `agent.sources.recorded`.
+"""Reads recorded spans and log lines, line by line, into columns, and writes them. Called by `agent.sources.recorded`.
 
 Exists because a recording's traces are by far its largest part: what is kept of a span are five numbers and of a log
 line five, its message shrinks to a template right away. Bounded in lines and bytes a line; what exceeds the bound is
-left out and said.
+left out and said. Written lines hold what is left: a log line its template, marked as one, and ids are row numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from agent.sources import SourceError, bounded
-from rules.model import Logs, Spans
+from rules.model import FloatArray, IntArray, Logs, Spans
 from rules.traces import template_of
 
 MAX_LINES = 1_000_000  # of one file
@@ -46,6 +46,7 @@ class _Line(msgspec.Struct, frozen=True):
     trace_id: str | None = None
     span_id: str | None = None
     severity: str | None = None
+    template: bool = False  # the message is a template already: what was written from columns
 
 
 class _Names(dict[str, int]):
@@ -99,7 +100,8 @@ def read_logs(path: Path, at: SpanRows) -> tuple[Logs, bool]:
             break
         span = at.get((line.trace_id, line.span_id), -1) if line.trace_id and line.span_id else -1
         error = (line.severity or "").upper() in _ERRORS
-        numbers.append((services[line.service], templates[template_of(line.message)], span, line.time, error))
+        template = line.message if line.template else template_of(line.message)
+        numbers.append((services[line.service], templates[template], span, line.time, error))
     table = np.array(numbers, dtype=np.float64).reshape(-1, 5)
     logs = Logs(
         services=tuple(services),
@@ -125,3 +127,73 @@ def _lines(path: Path, kind: type[_T]) -> Iterator[_T]:
                 yield decoder.decode(line)
     except (OSError, EOFError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}, line {number}: {bounded(str(error))}") from error
+
+
+def write_spans(path: Path, spans: Spans) -> None:
+    """What `read_spans` reads as the same columns. Raises ValueError for a number that is not finite, OSError."""
+    if not (np.isfinite(spans.start).all() and np.isfinite(spans.duration).all()):
+        raise ValueError("write recording: a span's start or duration is not finite")
+    milliseconds = _milliseconds(spans.duration)
+    columns = (spans.service, spans.operation, spans.parent, spans.start, milliseconds, _roots(spans.parent))
+    _write(
+        path,
+        (
+            {
+                "trace_id": str(root),
+                "span_id": str(row),
+                "parent_id": None if parent < 0 else str(parent),
+                "service": spans.services[service],
+                "operation": spans.operations[operation],
+                "start": start,
+                "duration_ms": duration,
+            }
+            for row, (service, operation, parent, start, duration, root) in enumerate(
+                zip(*(c.tolist() for c in columns), strict=True)
+            )
+        ),
+    )
+
+
+def write_logs(path: Path, logs: Logs, spans: Spans | None) -> None:
+    """What `read_logs` reads as the same columns. Raises ValueError for a time that is not finite, OSError."""
+    if not np.isfinite(logs.time).all():
+        raise ValueError("write recording: a log line's time is not finite")
+    roots = _roots(spans.parent).tolist() if spans is not None else []
+    columns = (logs.service, logs.template, logs.span, logs.time, logs.error)
+    _write(
+        path,
+        (
+            {
+                "time": at,
+                "service": logs.services[service],
+                "trace_id": None if span < 0 else str(roots[span]),
+                "span_id": None if span < 0 else str(span),
+                "severity": "ERROR" if error else None,
+                "message": logs.templates[template],
+                "template": True,
+            }
+            for service, template, span, at, error in zip(*(c.tolist() for c in columns), strict=True)
+        ),
+    )
+
+
+def _write(path: Path, lines: Iterator[dict[str, object]]) -> None:
+    encode = msgspec.json.Encoder().encode
+    with gzip.GzipFile(path, "wb", mtime=0) as packed:  # no clock: equal input, equal bytes
+        packed.writelines(encode(line) + b"\n" for line in lines)
+
+
+def _roots(parent: IntArray) -> IntArray:
+    """The row of the root above each span: (n,). Spans whose parents go in a circle are all of one trace, -1."""
+    at = np.where(parent < 0, np.arange(parent.size), parent)
+    for _ in range(max(1, int(parent.size).bit_length())):
+        at = at[at]
+    return np.where(parent[at] < 0, at, -1) if parent.size else at
+
+
+def _milliseconds(seconds: FloatArray) -> FloatArray:
+    """Milliseconds that give exactly these seconds when divided by 1,000, where there are such."""
+    found = seconds * 1000.0
+    for other in (np.nextafter(found, np.inf), np.nextafter(found, -np.inf)):
+        found = np.where(found / 1000.0 == seconds, found, np.where(other / 1000.0 == seconds, other, found))
+    return found

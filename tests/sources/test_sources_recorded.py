@@ -18,11 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources_world import Query
 
+from agent.packs import load_packs
 from agent.sources import EvidenceRequest, gather
 from agent.sources.recorded import RecordedSource, RecordingError, parse_series, read_recording, write_recording
-from rules.model import Alert, Evidence, Fact, Frame, SeriesId, Situation, Topology
+from rules.diagnose import diagnose
+from rules.model import Alert, Evidence, Fact, Frame, Logs, SeriesId, Situation, Spans, Topology
 
-PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "rca"
+ROOT = Path(__file__).resolve().parents[2]
+PUBLIC = ROOT.parent / "shared" / "rca"
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)
 WORD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=8)
@@ -109,7 +112,15 @@ def plain(situation: Situation) -> dict[str, Any]:
             [[None if math.isnan(v) else repr(v) for v in row] for row in f.values.tolist()],
         ]
 
+    def columns(of: Spans | Logs | None) -> Any:
+        if of is None:
+            return None
+        values = ((name, getattr(of, name)) for name in of.__dataclass_fields__)
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values}
+
     return {
+        "spans": columns(situation.spans),
+        "logs": columns(situation.logs),
         "alerts": situation.alerts,
         "head": (situation.entry, situation.onset, situation.until, situation.quiet, situation.topology),
         "evidence": [
@@ -292,9 +303,74 @@ def test_a_public_recording_survives_writing(name: str, tmp_path: Path) -> None:
     if not cases:
         pytest.skip("the public recordings are not on this machine")
     read = read_recording(cases[0])
-    if read.spans is not None or read.logs is not None:
-        with pytest.raises(ValueError, match="spans and log lines"):
-            write_recording(tmp_path / "whole", read)
-        read = replace(read, spans=None, logs=None)
     write_recording(tmp_path / "r", read)
     assert plain(read_recording(tmp_path / "r")) == plain(read)
+
+
+def test_spans_and_log_lines_survive_writing(tmp_path: Path) -> None:
+    """A whole traced incident, to the last bit, and so its diagnosis."""
+    read = read_recording(ROOT / "rules" / "golden" / "trainticket-exception")
+    assert read.spans is not None
+    assert read.logs is not None
+    write_recording(tmp_path / "r", read)
+    again = read_recording(tmp_path / "r")
+    assert plain(again) == plain(read)
+    assert diagnose(again, load_packs()) == diagnose(read, load_packs())
+    write_recording(tmp_path / "s", again)
+    for name in ("traces.jsonl.gz", "logs.jsonl.gz"):
+        assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "s" / name).read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parents=st.lists(st.integers(-1, 9), min_size=1, max_size=10),
+    seconds=st.lists(st.floats(0, 1e6), min_size=10, max_size=10),
+    lines=st.lists(st.tuples(st.integers(-1, 9), TEXT, st.booleans()), max_size=5),
+)
+def test_any_spans_survive_writing(
+    parents: list[int], seconds: list[float], lines: list[tuple[int, str, bool]]
+) -> None:
+    """Whatever their parents are (one that is not there, itself, a circle), and whatever a line says."""
+    n = len(parents)
+    whole = np.arange(n, dtype=np.intp)
+    spans = Spans(
+        services=tuple(f"s{i}" for i in range(n)),
+        operations=("o",),
+        service=whole,
+        operation=np.zeros(n, dtype=np.intp),
+        parent=np.asarray([p if p < n else -1 for p in parents], dtype=np.intp),
+        start=np.asarray(seconds[:n]),
+        duration=np.asarray([s * 1000 / 1000.0 / 1000.0 for s in seconds[:n]]),
+    )
+    texts = tuple(dict.fromkeys(text for _, text, _ in lines))
+    logs = Logs(
+        services=("s",) if lines else (),
+        templates=texts,
+        service=np.zeros(len(lines), dtype=np.intp),
+        template=np.asarray([texts.index(text) for _, text, _ in lines], dtype=np.intp),
+        span=np.asarray([row if row < n else -1 for row, _, _ in lines], dtype=np.intp),
+        time=np.asarray([float(i) for i in range(len(lines))]),
+        error=np.asarray([error for _, _, error in lines], dtype=np.bool_),
+    )
+    directory = Path(tempfile.mkdtemp(prefix="recording-"))
+    try:
+        situation = replace(small(), spans=spans, logs=logs)
+        write_recording(directory, situation)
+        read = read_recording(directory)
+        assert read.spans is not None
+        circles = spans.parent >= 0
+        assert ((read.spans.parent == spans.parent) | circles).all()
+        np.testing.assert_allclose(read.spans.duration, spans.duration, rtol=1e-15)
+        kept, given_ = plain(read), plain(situation)
+        assert kept["logs"] == given_["logs"]
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_spans_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    read = read_recording(ROOT / "rules" / "golden" / "trainticket-exception")
+    assert read.spans is not None
+    odd = replace(read.spans, start=np.full_like(read.spans.start, math.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        write_recording(tmp_path / "r", replace(read, spans=odd))
+    assert not (tmp_path / "r" / "alert.json").exists()
