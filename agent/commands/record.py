@@ -83,6 +83,7 @@ async def _look(
     config: Config, packs: PackSet, incident: Incident, state: State, until: float, now: float
 ) -> Situation:
     from agent.app import prometheus_of
+    from agent.expressions import Expressions, rules_of
     from agent.situation import Situations
     from agent.sources.host import HostSource
     from agent.sources.prometheus import PrometheusSource
@@ -91,7 +92,15 @@ async def _look(
     host: Source = HostSource(config.inventory_strings) if now - until <= FRESH_SECONDS else _Past()
     async with PrometheusSource(prometheus_of(config)) as prometheus:
         discover = Discovery(prometheus).topology if config.topology.service_graph else None
-        situations = Situations(config, packs, [host, prometheus], load_topology(config), discover, clock=lambda: until)
+        situations = Situations(
+            config,
+            packs,
+            [host, prometheus],
+            load_topology(config),
+            discover,
+            clock=lambda: until,
+            expressions=Expressions(rules_of(prometheus)),
+        )
         return await situations.of(incident, state)
 
 

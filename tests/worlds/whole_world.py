@@ -9,12 +9,14 @@ from pathlib import Path
 
 from actions.model import Declined, Refusal
 from agent.config import Config, Prometheus, Topology
+from agent.expressions import Expressions, rules_of
 from agent.fold_model import Incident
 from agent.investigate import Investigation
 from agent.journal.records import AgentStarted, AlertsReceived, FoldPolicy
 from agent.packs import load_packs
 from agent.situation import Situations
 from agent.sources import EvidenceRequest, Source, SourceError
+from agent.sources.prometheus import PrometheusSource
 from agent.store import Store
 from agent.telemetry import Telemetry
 from agent.topology import load_topology
@@ -56,8 +58,14 @@ class Whole:
     def __post_init__(self) -> None:
         self.store = Store.open(self.config.state_dir)
         self.telemetry = Telemetry("test")
+        asked = [s for s in self.sources if isinstance(s, PrometheusSource)]
         self.situations = Situations(
-            self.config, self.packs, self.sources, load_topology(self.config), clock=lambda: float(self.past.end)
+            self.config,
+            self.packs,
+            self.sources,
+            load_topology(self.config),
+            clock=lambda: float(self.past.end),
+            expressions=Expressions(rules_of(asked[0])) if asked else Expressions(),
         )
         self.investigation = Investigation(
             self.config,
