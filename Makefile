@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PYTEST := .venv/bin/python -m pytest
 SEED ?=
 
-.PHONY: help install demo serve test test-full lint format bench lock clean
+.PHONY: help install demo serve test test-full lint format bench chaos chaos-full lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,16 @@ format: .venv/installed-dev
 bench: .venv/installed-dev ## ratios against named references, in one run
 	@tools/install-debian test
 	@.venv/bin/python -m bench
+
+chaos: .venv/installed ## the quick scenarios, AlertMedic alone; fails when it does anything wrong (under 8 minutes)
+	@tools/install-debian demo
+	@rm -f build/chaos/quick.jsonl
+	@.venv/bin/alertmedic chaos run --quick --share 99 --results build/chaos/quick.jsonl $(if $(SEED),--seed $(SEED))
+
+chaos-full: .venv/installed ## every scenario, every arm, three times (hours; interrupted, it goes on where it stopped)
+	@tools/install-debian demo
+	@.venv/bin/alertmedic chaos run --arms nothing,liveness,command,auto,approve --repetitions 3 --share 3 \
+	  --results build/chaos/full.jsonl $(if $(SEED),--seed $(SEED))
 
 lock: ## write the lock files from pyproject.toml
 	@tools/lock

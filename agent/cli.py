@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--config", metavar="FILE", type=Path, help="configuration (default: $ALERTMEDIC_CONFIG)")
     common.add_argument("--state-dir", metavar="DIR", help="state directory, instead of the configured one")
     common.add_argument("--json", action="store_true", help="print JSON")
-    for add in (_serving, _looking, _deciding, _diagnosing, _checking, _catalogues, _exploring):
+    for add in (_serving, _looking, _deciding, _diagnosing, _checking, _catalogues, _exploring, _breaking):
         add(commands, common)
     return top
 
@@ -223,6 +223,29 @@ def _exploring(commands: Commands, common: argparse.ArgumentParser) -> None:
     for made, name in ((names, "names"), (labels, "labels"), (samples, "samples")):
         made.add_argument("--url", default="", help="the server, instead of the configured one")
         made.add_argument("--limit", type=_count, default=0, help="at most so many")
+        made.set_defaults(what=name)
+
+
+def _breaking(commands: Commands, common: argparse.ArgumentParser) -> None:
+    chaos = _group(commands, "chaos", "break the demo's shop on purpose and measure who heals it how fast")
+    listed = _add(chaos, common, "list", _chaos, "list the scenarios")
+    run = _add(chaos, common, "run", _chaos, "run scenarios; interrupted, the same command goes on")
+    report = _add(chaos, common, "report", _chaos, "say what the runs showed, and write the page")
+    run.add_argument("names", nargs="*", metavar="SCENARIO", help="only these")
+    run.add_argument("--quick", action="store_true", help="only the scenarios marked quick")
+    run.add_argument(
+        "--arms", default="auto", help="nothing, liveness, command, auto, approve; by commas (default: auto)"
+    )
+    run.add_argument("--repetitions", type=_count, default=1)
+    run.add_argument("--seed", type=_count, default=1)
+    run.add_argument("--share", type=_count, default=1, help="so many scenarios share a world (default: 1)")
+    run.add_argument("--kill-agent", action="store_true", help="kill -9 the agent at a random moment of each run")
+    run.add_argument("--keep", action="store_true", help="keep the worlds' directories")
+    for made in (listed, run):
+        made.add_argument("--file", action="append", default=[], type=Path, help="scenarios of your own (repeatable)")
+    for made in (run, report):
+        made.add_argument("--results", type=Path, default=None, metavar="FILE", help="default: build/chaos/runs.jsonl")
+    for made, name in ((listed, "list"), (run, "run"), (report, "report")):
         made.set_defaults(what=name)
 
 
@@ -396,6 +419,27 @@ def _actions(arguments: argparse.Namespace) -> int:
     if arguments.what == "lint":
         return catalogue.lint(config, tuple(arguments.dirs), as_json=arguments.json)
     return catalogue.dry_run(config, arguments.name, arguments.service, tuple(arguments.param), as_json=arguments.json)
+
+
+def _chaos(arguments: argparse.Namespace) -> int:
+    from agent.commands import chaos
+
+    if arguments.what == "list":
+        return chaos.listing(tuple(arguments.file), as_json=arguments.json)
+    results = arguments.results or chaos.RESULTS
+    if arguments.what == "report":
+        return chaos.report(results, as_json=arguments.json)
+    return chaos.run(
+        chaos.load(tuple(arguments.file), tuple(arguments.names), quick=arguments.quick),
+        tuple(name.strip() for name in arguments.arms.split(",") if name.strip()),
+        results,
+        repetitions=arguments.repetitions,
+        seed=arguments.seed,
+        share=arguments.share,
+        kill_agent=arguments.kill_agent,
+        keep=arguments.keep,
+        as_json=arguments.json,
+    )
 
 
 def _metrics(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ on its standard input; it shares no file, label or environment variable with the
 JSON object a line:
 
     {"shop": {...}}                          first line: the addresses in `Shop`
-    {"inject": NAME}  ->  {"injected": NAME, "at": unix seconds}
+    {"inject": NAME, "settings": {...}}  ->  {"injected": NAME, "at": unix seconds}
     {"clear": NAME}   ->  {"cleared": NAME}
     anything wrong    ->  {"error": "..."}
 
@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from xmlrpc.client import Fault as RpcFault
@@ -32,7 +33,7 @@ import aiohttp
 import asyncpg
 import psutil
 
-from agent.demo.children import set_session_priority
+from agent.demo.children import path_of, set_session_priority
 
 PAYMENTS_SECONDS = 24.0  # a slow provider gets well by itself after this time, whatever anybody does
 
@@ -48,6 +49,7 @@ class Shop:
     database: str
     supervisor: str
     cpu: int
+    links: Mapping[str, str] = field(default_factory=dict)  # control URLs of network links that may be disturbed
 
 
 class InjectionError(Exception):
@@ -112,9 +114,10 @@ class CpuHog:
     _leader: asyncio.subprocess.Process | None = None
 
     async def inject(self) -> float:
-        loop = "while :; do :; done"
+        # Both die with whoever started them, so that a killed injector leaves no hog behind.
+        leashed, loop = (path_of("setpriv"), "--pdeathsig", "KILL", "--", "/bin/sh", "-c"), "while :; do :; done"
         self._leader = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", f"{loop} & {loop}", "nightly-reindex", start_new_session=True
+            *leashed, f"{' '.join(leashed)} '{loop}' & {loop}", "nightly-reindex", start_new_session=True
         )
         await asyncio.sleep(0.1)
         for process in self._group():
@@ -181,15 +184,16 @@ class DbLock:
 
 
 @dataclass
-class WorkerCrash:
-    """The worker crashes again and again, until the supervisor gives it up."""
+class Crash:
+    """A program crashes again and again, until the supervisor gives it up."""
 
     shop: Shop
+    program: str = "worker"
 
     async def inject(self) -> float:
         supervisor, first, deadline = Supervisor(self.shop.supervisor), 0.0, time.monotonic() + 20
         while time.monotonic() < deadline:
-            info = await supervisor.info("worker")
+            info = await supervisor.info(self.program)
             if info["statename"] == "FATAL":
                 return first
             if info["statename"] in ("RUNNING", "STARTING") and info["pid"]:
@@ -197,23 +201,24 @@ class WorkerCrash:
                     os.kill(info["pid"], signal.SIGKILL)
                 first = first or time.time()
             await asyncio.sleep(0.05)
-        raise InjectionError("worker_crash: the supervisor has not given the worker up within 20 s")
+        raise InjectionError(f"crash: the supervisor has not given {self.program} up within 20 s")
 
     async def clear(self) -> None:
-        await Supervisor(self.shop.supervisor).start("worker")
+        await Supervisor(self.shop.supervisor).start(self.program)
 
 
 @dataclass
-class WorkerStuck:
-    """The worker hangs: alive for the supervisor, but it does nothing any more."""
+class Stuck:
+    """A program hangs: alive for the supervisor, but it does nothing any more."""
 
     shop: Shop
+    program: str = "worker"
     _process: psutil.Process | None = None
 
     async def inject(self) -> float:
-        info = await Supervisor(self.shop.supervisor).info("worker")
+        info = await Supervisor(self.shop.supervisor).info(self.program)
         if not info["pid"]:
-            raise InjectionError(f"worker_stuck: the worker is {info['statename']}")
+            raise InjectionError(f"stuck: {self.program} is {info['statename']}")
         self._process = psutil.Process(info["pid"])
         self._process.suspend()
         return time.time()
@@ -222,7 +227,7 @@ class WorkerStuck:
         if self._process is not None and self._process.is_running():
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._process.resume()
-        await Supervisor(self.shop.supervisor).start("worker")
+        await Supervisor(self.shop.supervisor).start(self.program)
 
 
 @dataclass
@@ -303,12 +308,13 @@ class PoolExhausted:
             await put(f"{self.shop.worker}/pool", {"size": self._usual})
 
 
-FAULTS: dict[str, Any] = {
+Make = Callable[..., Fault]  # from the shop, and settings by name
+FAULTS: dict[str, Make] = {
     "cpu_hog": CpuHog,
     "memory_leak": MemoryLeak,
     "db_lock": DbLock,
-    "worker_crash": WorkerCrash,
-    "worker_stuck": WorkerStuck,
+    "worker_crash": Crash,
+    "worker_stuck": Stuck,
     "payments_slow": PaymentsSlow,
     "bad_flag": BadFlag,
     "pool_exhausted": PoolExhausted,
@@ -320,35 +326,38 @@ class Injector:
     """What is injected at the moment, and the answers to the driver's lines."""
 
     shop: Shop
+    faults: Mapping[str, Make] = field(default_factory=lambda: FAULTS)
     active: dict[str, Fault] = field(default_factory=dict)
 
-    async def answer(self, request: dict[str, str]) -> dict[str, object]:
+    async def answer(self, request: dict[str, Any]) -> dict[str, object]:
         try:
-            if (name := request.get("inject", "")) in FAULTS:
-                fault: Fault = FAULTS[name](self.shop)
+            if (name := request.get("inject", "")) in self.faults:
+                fault = self.faults[name](self.shop, **request.get("settings", {}))
                 self.active[name] = fault
                 return {"injected": name, "at": await fault.inject()}
-            if (name := request.get("clear", "")) in FAULTS:
+            if (name := request.get("clear", "")) in self.faults:
                 if (active := self.active.pop(name, None)) is not None:
                     await active.clear()
                 return {"cleared": name}
         except (OSError, aiohttp.ClientError, asyncpg.PostgresError, RpcFault, psutil.Error, InjectionError) as e:
             return {"error": f"{request}: {type(e).__name__}: {e}"}
-        return {"error": f"{request}: no such fault; there are {', '.join(FAULTS)}"}
+        except TypeError as e:
+            return {"error": f"{request}: the fault has no such setting: {e}"}
+        return {"error": f"{request}: no such fault; there are {', '.join(self.faults)}"}
 
     async def clear_all(self) -> None:
         for name in list(self.active):
             await self.answer({"clear": name})
 
 
-async def serve() -> None:
+async def serve(faults: Mapping[str, Make] = FAULTS) -> None:
     """Answers the lines of standard input until it ends."""
     loop = asyncio.get_running_loop()
     lines = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     loop.add_signal_handler(signal.SIGTERM, lines.feed_eof)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # the driver ends us, by ending our input
-    injector = Injector(Shop(**json.loads(await lines.readline())["shop"]))
+    injector = Injector(Shop(**json.loads(await lines.readline())["shop"]), faults)
     try:
         while line := await lines.readline():
             answer = await injector.answer(json.loads(line))

@@ -116,15 +116,17 @@ def alertmanager(ports: Ports) -> str:
     )
 
 
-def supervisor(ports: Ports, directory: Path, orders_cpu: int) -> str:
-    """supervisord.conf: the shop's own three processes. Crashed ones are restarted, and given up after a few tries."""
+def supervisor(ports: Ports, directory: Path, orders_cpu: int, database: str = "", payments: str = "") -> str:
+    """supervisord.conf: the shop's own three processes. Crashed ones are restarted, and given up after a few tries.
+    `database` and `payments` are where the shop finds them, if not at their own ports."""
     python = sys.executable
     shop = f"{python} -m agent.demo.shop"
-    database = ports.database("shop")
+    database = database or ports.database("shop")
+    payments = payments or ports.url("payments")
     commands = {
         "front": f"{shop}.front --port {ports.front} --orders {ports.url('orders')}",
         "orders": (
-            f"{shop}.orders --port {ports.orders} --database {database} --payments {ports.url('payments')}"
+            f"{shop}.orders --port {ports.orders} --database {database} --payments {payments}"
             f" --memory {ORDERS_MEMORY_BYTES} --cpu {orders_cpu}"
         ),
         "worker": f"{shop}.worker --port {ports.worker} --database {database}",

@@ -17,9 +17,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import asyncpg
@@ -113,9 +113,9 @@ class Injection:
     def __init__(self, child: Child) -> None:
         self._child = child
 
-    async def inject(self, fault: str) -> float:
+    async def inject(self, fault: str, settings: Mapping[str, float] | None = None) -> float:
         """When it broke, in unix seconds."""
-        return float((await self._ask({"inject": fault}))["at"])
+        return float((await self._ask({"inject": fault, "settings": dict(settings or {})}))["at"])
 
     async def clear(self, fault: str) -> None:
         await self._ask({"clear": fault})
@@ -139,7 +139,9 @@ class Injection:
 
 
 class World:
-    """Everything that runs. Made by `World.running`, which also takes it down."""
+    """Everything that runs. Made by `World.running`, which also takes it down; `agent.chaos.world` has a larger one."""
+
+    injector_module = "agent.demo.faults"
 
     def __init__(self, directory: Path, session: aiohttp.ClientSession, seed: int) -> None:
         self.directory, self.session, self.seed = directory, session, seed
@@ -152,7 +154,7 @@ class World:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls, seed: int = 1, keep: bool = False) -> AsyncIterator[World]:
+    async def running(cls, seed: int = 1, keep: bool = False) -> AsyncIterator[Self]:
         """A world whose shop is open and whose Prometheus sees every target; without the agent. It ends with the
         context; `keep` leaves its directory (logs, data) behind."""
         directory = fresh_directory()
@@ -252,7 +254,7 @@ class World:
     async def _start_supervisor(self) -> None:
         place = self.place("supervisor")
         config = place / "supervisord.conf"
-        config.write_text(settings.supervisor(self.ports, place, self.orders_cpu))
+        config.write_text(self.supervisor_configuration(place))
         argv = (sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(config))
         # Only root may give the injector's CPU hog the priority that makes it hurt; else the shop's is lowered instead.
         polite = os.geteuid() != 0
@@ -277,7 +279,7 @@ class World:
 
     async def _start_monitoring(self) -> None:
         place, env = self.place("prometheus"), bare_environment() | GO_ENVIRONMENT
-        (place / "alerts.yml").write_text(settings.alert_rules())
+        (place / "alerts.yml").write_text(self.alert_rules())
         (place / "prometheus.yml").write_text(settings.prometheus(self.ports, place / "alerts.yml"))
         argv: tuple[str, ...] = (
             path_of("prometheus"),
@@ -309,12 +311,10 @@ class World:
         await until(f"{name} is ready", ready, 20, child)
 
     async def _start_injector(self) -> None:
-        argv = (sys.executable, "-m", "agent.demo.faults")
+        argv = (sys.executable, "-m", self.injector_module)
         child = await self._start("injector", Command(argv, {"PYTHONUNBUFFERED": "1"}, pipes=True))
-        shop = {name: self.ports.url(name) for name in ("front", "orders", "worker", "payments", "supervisor")}
-        shop |= {"database": self.ports.database("analyst")}
         assert child.process.stdin is not None
-        child.process.stdin.write(json.dumps({"shop": shop | {"cpu": self.orders_cpu}}).encode() + b"\n")
+        child.process.stdin.write(json.dumps({"shop": self.told_to_the_injector()}).encode() + b"\n")
         self.injector = Injection(child)
 
     async def until_alert(self, state: str, seconds: float) -> float:
@@ -338,6 +338,17 @@ class World:
                 return
             if time.monotonic() > deadline:
                 raise WorldError(f"the shop is not fine for {quiet_seconds:.0f} s within {seconds:.0f} s")
+
+    def told_to_the_injector(self) -> dict[str, Any]:
+        """The fields of `agent.demo.faults.Shop`: all that the injector knows of the world."""
+        shop = {name: self.ports.url(name) for name in ("front", "orders", "worker", "payments", "supervisor")}
+        return shop | {"database": self.ports.database("analyst"), "cpu": self.orders_cpu}
+
+    def supervisor_configuration(self, place: Path) -> str:
+        return settings.supervisor(self.ports, place, self.orders_cpu)
+
+    def alert_rules(self) -> str:
+        return settings.alert_rules()
 
     def agent_configuration(self) -> str:
         return settings.agent(self.ports, self.place("supervisor"), self.place("agent") / "state")

@@ -1,0 +1,250 @@
+"""`alertmedic chaos`: run scenarios, list them, report what they showed. Logic is `agent.chaos`'s; this only speaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.commands.output import CommandError, Exit, emit_json, on_terminal, say, table
+
+if TYPE_CHECKING:
+    from agent.chaos.measure import Run
+    from agent.chaos.run import Block, Progress
+    from agent.chaos.scenario import Scenario
+
+RESULTS = Path("build/chaos/runs.jsonl")
+
+
+def load(files: tuple[Path, ...], only: tuple[str, ...] = (), *, quick: bool = False) -> dict[str, Scenario]:
+    """The wanted scenarios. Raises CommandError for a name that none has; ScenarioError, OSError."""
+    from agent.chaos.faults import known
+    from agent.chaos.follow import HARNESS_FAULTS
+    from agent.chaos.scenario import load_scenarios
+
+    found = load_scenarios(files or None, known() | HARNESS_FAULTS)
+    if absent := [name for name in only if name not in found]:
+        raise CommandError(f"chaos: no scenario {', '.join(absent)}", "alertmedic chaos list", Exit.USAGE)
+    wanted = {name: found[name] for name in only} or found
+    return {name: s for name, s in wanted.items() if s.quick or not quick}
+
+
+def listing(files: tuple[Path, ...], *, as_json: bool) -> int:
+    import msgspec
+
+    scenarios = load(files)
+    if as_json:
+        emit_json({"scenarios": [msgspec.to_builtins(s) for s in scenarios.values()]})
+        return Exit.OK
+    rows = [("scenario", "kind", "healed by", "quick", "title")]
+    rows += [(s.name, s.kind, s.healed_by, "yes" if s.quick else "", s.title) for s in scenarios.values()]
+    table(rows, empty="no scenarios")
+    return Exit.OK
+
+
+def run(
+    scenarios: dict[str, Scenario],
+    arms: tuple[str, ...],
+    results: Path,
+    *,
+    repetitions: int,
+    seed: int,
+    share: int,
+    kill_agent: bool,
+    keep: bool,
+    as_json: bool,
+) -> int:
+    """Makes the runs that are not in `results` yet; exit code 1 when the agent did anything wrong or needless."""
+    from agent.chaos.arms import ARMS
+    from agent.chaos.run import Progress, Results, ResultsError, plan
+    from agent.demo.children import WorldError, adopt_orphans, missing_programs
+
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise CommandError(f"chaos: no arm {', '.join(unknown)}", f"there are {', '.join(ARMS)}", Exit.USAGE)
+    if missing := missing_programs():
+        raise CommandError("chaos: " + "; ".join(missing), code=Exit.USAGE)
+    try:
+        book = Results.open(results)
+    except ResultsError as error:
+        raise CommandError(str(error)) from error
+    blocks = plan(scenarios, arms, repetitions=repetitions, seed=seed, share=share, kill_agent=kill_agent)
+    progress = Progress(sum(len(b.jobs) for b in blocks), lambda what, made: None)
+    adopt_orphans()
+    with _shown(progress, quiet=as_json), _swept():
+        try:
+            asyncio.run(_until_done_or_told(blocks, book, progress, keep))
+        except WorldError as error:
+            raise CommandError(
+                f"chaos: {error}", f"the runs so far are in {results}; the same command goes on"
+            ) from error
+    return report(results, as_json=as_json)
+
+
+async def _until_done_or_told(blocks: list[Block], book: object, progress: Progress, keep: bool) -> None:
+    from agent.chaos.run import Results, run_all
+
+    assert isinstance(book, Results)
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await run_all(blocks, book, progress, keep)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _swept() -> Iterator[None]:
+    """Whatever a world left behind ends with the command."""
+    import psutil
+
+    from agent.demo.children import end_descendants
+
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            end_descendants(psutil.Process().children(recursive=True))
+
+
+@contextlib.contextmanager
+def _shown(progress: Progress, *, quiet: bool) -> Iterator[None]:
+    """Tells every run as a line, and on a terminal a bar with an estimate of the time left."""
+    if quiet:
+        yield
+        return
+    if not on_terminal():
+        progress.tell = lambda what, made: say(_line(progress, what, made))
+        yield
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("chaos"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bar(*columns) as bar:
+        at = bar.add_task("", total=progress.total)
+
+        def tell(what: str, made: Run | None) -> None:
+            bar.console.print(_line(progress, what, made), markup=False, highlight=False)
+            left = progress.left()
+            until = time.strftime("%H:%M", time.localtime(time.time() + (left or 0.0)))
+            about = "" if left is None else f"about {left / 60:.0f} min left, until {until}"
+            bar.update(at, completed=progress.done, description=about)
+
+        progress.tell = tell
+        yield
+
+
+def _line(progress: Progress, what: str, made: Run | None) -> str:
+    from agent.chaos.report import harmful
+
+    if made is None:
+        return what
+    left = progress.left()
+    parts = [f"[{progress.done}/{progress.total}]", f"{what:<34}"]
+    if made.degraded is None:
+        parts.append("never out of bounds")
+    else:
+        parts.append("not recovered" if made.recovered is None else f"recovered after {made.recovered:.1f} s")
+    if made.top:
+        parts.append(f"said {made.top[0]}" + ("" if made.rank == 1 or not made.degraded else " (WRONG)"))
+    if made.actions:
+        parts.append("did " + ", ".join(made.actions))
+    if harmful(made):
+        parts.append("WRONG OR NEEDLESS: " + ", ".join(harmful(made)))
+    if made.void:
+        parts.append(f"VOID: {made.void}")
+    if left is not None:
+        parts.append(f"about {left / 60:.0f} min left")
+    return "; ".join(parts)
+
+
+def report(results: Path, *, as_json: bool, page: Path | None = None, metrics: Path | None = None) -> int:
+    """Prints the summary, writes the page and the metrics beside the results; 1 when something was done wrongly."""
+    from agent.chaos import report as told
+    from agent.chaos.run import Results, ResultsError
+
+    try:
+        runs = Results.open(results).runs
+    except ResultsError as error:
+        raise CommandError(str(error)) from error
+    if not runs:
+        raise CommandError(f"chaos: {results} has no runs", "alertmedic chaos run")
+    page = page or results.with_name("report.html")
+    metrics = metrics or results.with_name("metrics.prom")
+    page.write_text(told.page(runs))
+    metrics.write_bytes(told.metrics(runs))
+    summary = told.summary(runs)
+    harm = sum(len(told.harmful(r)) for r in told.counting(runs) if r.arm in told.OURS)
+    if as_json:
+        emit_json(summary)
+    else:
+        _say(summary)
+        say(f"the page: {page}; metrics: {metrics}")
+        if harm:
+            say(f"{harm} wrong or needless actions")
+    return Exit.FAULT if harm else Exit.OK
+
+
+def _say(summary: dict[str, object]) -> None:
+    arms = summary["arms"]
+    assert isinstance(arms, dict)
+    rows = [
+        (
+            "arm",
+            "runs",
+            "mean s",
+            "healable: mean s",
+            "healed",
+            "top 1",
+            "wrong",
+            "needless",
+            "detect",
+            "diagnose",
+            "recover",
+        )
+    ]
+    for name, a in arms.items():
+        stages = a["stages"]
+
+        def of(value: dict[str, object]) -> str:
+            return "-" if not value["of"] else f"{value['hits']}/{value['of']}"
+
+        def number(value: object) -> str:
+            return "-" if value is None else f"{value:.1f}"
+
+        rows.append(
+            (
+                name,
+                str(a["runs"]),
+                number(a["restricted_mean_seconds"]["value"]),
+                number(a["restricted_mean_seconds_healable"]["value"]),
+                of(a["healed_of_healable"]),
+                of(a["top1"]),
+                str(a["wrong_actions"]),
+                str(a["needless_actions"]),
+                number(stages["alert"]["mean"]),
+                number(stages["diagnosed"]["mean"]),
+                number(stages["recovered"]["mean"]),
+            )
+        )
+    table(rows, empty="no runs")
+    against = summary["against"]
+    assert isinstance(against, dict)
+    for pair, a in against.items():
+        value = a["reduction_healable"]
+        if value["value"] is not None:
+            low, mid, high = (f"{value[k]:.0%}" for k in ("low", "value", "high"))
+            say(f"{pair}: {mid} less time out of bounds ({low} to {high}), healable faults")
+    say(f"{summary['runs']} runs, {summary['void']} void, {len(summary['misses'])} misses")  # type: ignore[arg-type]
