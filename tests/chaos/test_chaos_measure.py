@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from chaos_runs import run
@@ -20,6 +23,8 @@ from agent.chaos.measure import (
     share,
 )
 from agent.chaos.report import metrics, page, summary
+
+METRIC = re.compile(r"\b(?:mttr_|recovery_(?:attempts|duration)|rollback_)\w*")
 
 
 def test_what_never_recovers_counts_with_the_cap_and_what_was_never_broken_with_nothing() -> None:
@@ -104,8 +109,12 @@ def test_the_page_tells_everything_and_runs_nothing_of_what_it_was_told() -> Non
 
 
 def test_metrics_have_the_names_that_the_board_asks_for() -> None:
+    board = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "chaos.json").read_text())
+    asked = {name for panel in board["panels"] for t in panel["targets"] for name in METRIC.findall(t["expr"])}
     text = metrics([run("a", attempts=1), run("a", repetition=2, recovered=40.0, attempts=1, undone=1)]).decode()
     assert 'mttr_p95{inject_type="lock",recovery_strategy="auto",scenario="a"} 40.0' in text
     assert 'recovery_attempts_total{status="recovered"} 2.0' in text
     assert "recovery_duration_seconds_bucket" in text
     assert "rollback_success_rate 1.0" in text
+    assert asked
+    assert all(f"\n{name}{{" in text or f"\n{name} " in text for name in asked)
