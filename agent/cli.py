@@ -243,6 +243,7 @@ def _breaking(commands: Commands, common: argparse.ArgumentParser) -> None:
     run.add_argument("--keep", action="store_true", help="keep the worlds' directories")
     for made in (listed, run):
         made.add_argument("--file", action="append", default=[], type=Path, help="scenarios of your own (repeatable)")
+        made.add_argument("--workload", type=Path, default=None, metavar="FILE", help="break a workload of your own")
     for made in (run, report):
         made.add_argument("--results", type=Path, default=None, metavar="FILE", help="default: build/chaos/runs.jsonl")
     for made, name in ((listed, "list"), (run, "run"), (report, "report")):
@@ -425,12 +426,12 @@ def _chaos(arguments: argparse.Namespace) -> int:
     from agent.commands import chaos
 
     if arguments.what == "list":
-        return chaos.listing(tuple(arguments.file), as_json=arguments.json)
+        return chaos.listing(tuple(arguments.file), arguments.workload, as_json=arguments.json)
     results = arguments.results or chaos.RESULTS
     if arguments.what == "report":
         return chaos.report(results, as_json=arguments.json)
     return chaos.run(
-        chaos.load(tuple(arguments.file), tuple(arguments.names), quick=arguments.quick),
+        chaos.load(tuple(arguments.file), tuple(arguments.names), quick=arguments.quick, workload=arguments.workload),
         tuple(name.strip() for name in arguments.arms.split(",") if name.strip()),
         results,
         repetitions=arguments.repetitions,
@@ -438,6 +439,7 @@ def _chaos(arguments: argparse.Namespace) -> int:
         share=arguments.share,
         kill_agent=arguments.kill_agent,
         keep=arguments.keep,
+        workload=arguments.workload,
         as_json=arguments.json,
     )
 

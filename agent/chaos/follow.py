@@ -18,8 +18,8 @@ import aiohttp
 
 from agent.chaos.arms import WITH_AGENT, Doings
 from agent.chaos.measure import CAP_SECONDS, Run
-from agent.chaos.scenario import Event, Scenario
-from agent.chaos.world import ChaosWorld
+from agent.chaos.scenario import Scenario
+from agent.chaos.workload import Workload
 from agent.demo.children import WorldError
 from agent.demo.probe import Checkout, degraded_at, recovered_at
 from agent.demo.report import FINAL_STATES, UNTOUCHED_STEPS
@@ -29,7 +29,6 @@ QUIET_SECONDS, PATIENCE_SECONDS = 8.0, 120.0
 CONFIRM_SECONDS = 5.0  # a recovery must last
 AFTERWARDS_SECONDS = 45.0  # for an agent to close its incidents once the shop is fine
 CONTROL_SECONDS = 20.0  # to watch on after the last event of a scenario in which nothing gets worse
-HARNESS_FAULTS = frozenset({"agent_kill", "prometheus_frozen", "alertmanager_frozen"})
 _Touched = tuple[str, str]
 
 
@@ -52,7 +51,7 @@ class Job:
 class Follower:
     """What was seen of one run so far. Times are unix seconds."""
 
-    world: ChaosWorld
+    world: Workload
     job: Job
     doings: Doings
     known: frozenset[str]
@@ -191,7 +190,7 @@ class Follower:
         return recovered is not None and recovered < at
 
 
-async def follow(world: ChaosWorld, job: Job, doings: Doings) -> Run:
+async def follow(world: Workload, job: Job, doings: Doings) -> Run:
     """Makes the run. Raises WorldError when the world breaks in a way that no scenario asked for."""
     started = time.monotonic()
     await world.quiet(QUIET_SECONDS, PATIENCE_SECONDS)
@@ -213,14 +212,14 @@ async def follow(world: ChaosWorld, job: Job, doings: Doings) -> Run:
     return follower.run(time.monotonic() - started, killed)
 
 
-async def _kill_sometime(world: ChaosWorld, job: Job) -> None:
+async def _kill_sometime(world: Workload, job: Job) -> None:
     if not job.kill_agent or job.arm not in WITH_AGENT:
         return
     await asyncio.sleep(random.Random(job.seed).uniform(1.0, 20.0))  # noqa: S311 - a moment, no secret
     await world.kill_agent()
 
 
-async def _play(world: ChaosWorld, follower: Follower, injected: list[str]) -> None:
+async def _play(world: Workload, follower: Follower, injected: list[str]) -> None:
     """The scenario's injections and clearings at their times, which count from the first injection."""
     begun, first = time.monotonic(), True
     events = sorted((e for e in follower.job.scenario.timeline if e.at is not None), key=lambda e: e.at or 0.0)
@@ -228,43 +227,22 @@ async def _play(world: ChaosWorld, follower: Follower, injected: list[str]) -> N
         await asyncio.sleep(max(0.0, begun + (event.at or 0.0) - time.monotonic()))
         if event.inject is not None:
             injected.append(event.inject)
-            at = await _inject(world, event, follower.job.arm)
+            at = await world.inject(event.inject, event.settings)
             if first:
                 follower.began, begun, first = at, time.monotonic() - max(0.0, time.time() - at), False
         elif event.clear is not None:
-            await _undo(world, event.clear)
+            await world.clear(event.clear)
         # What ends by itself ends later than it begins.
         follower.last_event = max(follower.last_event, time.time() + event.settings.get("seconds", 0.0))
 
 
-async def _inject(world: ChaosWorld, event: Event, arm: str) -> float:
-    name = event.inject or ""
-    if name not in HARNESS_FAULTS:
-        assert world.injector is not None
-        return await world.injector.inject(name, event.settings)
-    if name == "agent_kill":
-        if arm in WITH_AGENT:
-            await world.kill_agent()
-    else:
-        world.freeze(name.partition("_")[0])
-    return time.time()
-
-
-async def _undo(world: ChaosWorld, name: str) -> None:
-    if name not in HARNESS_FAULTS:
-        assert world.injector is not None
-        await world.injector.clear(name)
-    elif name != "agent_kill":
-        world.thaw(name.partition("_")[0])
-
-
-async def _clear(world: ChaosWorld, injected: Sequence[str]) -> None:
+async def _clear(world: Workload, injected: Sequence[str]) -> None:
     """Clears everything, the newest first; one failure keeps no other from being cleared."""
     failures: list[str] = []
     for name in reversed(list(dict.fromkeys(injected))):
         try:
-            await _undo(world, name)
-        except (WorldError, KeyError) as error:
+            await world.clear(name)
+        except WorldError as error:
             failures.append(f"{name}: {error}")
     if failures:
         raise WorldError(f"not cleared: {'; '.join(failures)}")

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from agent.chaos.arms import ARMS, Doings
 from agent.chaos.follow import Job, follow
 from agent.chaos.measure import VERSION, Run
 from agent.chaos.scenario import Scenario
+from agent.chaos.workload import UserWorkload, Workload, WorkloadFile
 from agent.chaos.world import ChaosWorld
 from agent.demo.children import WorldError
 
@@ -128,7 +130,10 @@ class Progress:
         return (self.total - self.done) * self.spent / self.counted if self.counted else None
 
 
-async def run_all(blocks: Sequence[Block], results: Results, progress: Progress, keep: bool = False) -> None:
+OpenWorld = Callable[[str, int], AbstractAsyncContextManager[tuple[Workload, Doings]]]  # from arm and seed
+
+
+async def run_all(blocks: Sequence[Block], results: Results, progress: Progress, open_world: OpenWorld) -> None:
     """Makes every run that the results do not hold yet. Raises WorldError when a run's world broke `ATTEMPTS` times."""
     progress.done = sum(results.has(job) for block in blocks for job in block.jobs)
     for block in blocks:
@@ -136,7 +141,7 @@ async def run_all(blocks: Sequence[Block], results: Results, progress: Progress,
         attempts = 0
         while left:
             try:
-                async with _in_world(block.arm, left[0].seed, keep) as (world, doings):
+                async with open_world(block.arm, left[0].seed) as (world, doings):
                     while left:
                         began = time.monotonic()
                         run = await follow(world, left[0], doings)
@@ -153,8 +158,24 @@ async def run_all(blocks: Sequence[Block], results: Results, progress: Progress,
                     raise
 
 
-@contextlib.asynccontextmanager
-async def _in_world(arm: str, seed: int, keep: bool) -> AsyncIterator[tuple[ChaosWorld, Doings]]:
-    async with ChaosWorld.running(seed % 10_000, keep) as world, world.browse.probing(), ARMS[arm](world) as doings:
-        await asyncio.sleep(BASELINE_SECONDS)
-        yield world, doings
+def in_shop(keep: bool = False) -> OpenWorld:
+    """A freshly built shop for each block, with its arm at work. `keep`: leave its directory behind."""
+
+    @contextlib.asynccontextmanager
+    async def opened(arm: str, seed: int) -> AsyncIterator[tuple[Workload, Doings]]:
+        async with ChaosWorld.running(seed % 10_000, keep) as world, world.browse.probing(), ARMS[arm](world) as doings:
+            await asyncio.sleep(BASELINE_SECONDS)
+            yield world, doings
+
+    return opened
+
+
+def in_workload(told: WorkloadFile, left_behind: Path) -> OpenWorld:
+    """The user's own workload, with the agent that is there: the one arm there is."""
+
+    @contextlib.asynccontextmanager
+    async def opened(arm: str, seed: int) -> AsyncIterator[tuple[Workload, Doings]]:
+        async with UserWorkload.running(told, left_behind) as workload:
+            yield workload, Doings()
+
+    return opened

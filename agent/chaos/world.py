@@ -11,6 +11,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from agent.demo.world import World
 BROWSE_SLOW_SECONDS = 0.4
 LATE_SECONDS = 4
 LINKS = ("database", "payments")
+HARNESS_FAULTS = frozenset(
+    {"agent_kill", "prometheus_frozen", "alertmanager_frozen"}
+)  # the injector must not know them
 
 
 def symptom_rules() -> list[dict[str, Any]]:
@@ -71,7 +75,8 @@ class ChaosWorld(World):
         super().__init__(directory, session, seed)
         free = iter(free_ports(2 * len(LINKS)))
         self.links = {name: (next(free), next(free)) for name in LINKS}  # name: (port of the link, of its control)
-        self.browse = BrowseProbe(self.ports.url("front"))
+        # Who only looks: what breaks the checkout alone must not break this, and no remedy may either.
+        self.browse = Probe(self.ports.url("front") + "/", "GET", None)
         self.autonomy = "auto"
 
     async def _start_supervisor(self) -> None:
@@ -130,9 +135,31 @@ class ChaosWorld(World):
 
     # -- the agent and its monitoring, disturbed by the harness itself -------------------------------------------------
 
+    async def inject(self, fault: str, settings: Mapping[str, float]) -> float:
+        """When it broke, in unix seconds. Raises WorldError."""
+        if fault == "agent_kill":
+            await self.kill_agent()
+        elif fault in HARNESS_FAULTS:
+            self._signal(self.children[fault.removesuffix("_frozen")], signal.SIGSTOP)
+        else:
+            assert self.injector is not None
+            return await self.injector.inject(fault, settings)
+        return time.time()
+
+    async def clear(self, fault: str) -> None:
+        """May be called again, and of what has ended by itself. Raises WorldError."""
+        if fault not in HARNESS_FAULTS:
+            assert self.injector is not None
+            await self.injector.clear(fault)
+        elif fault != "agent_kill":
+            self._signal(self.children[fault.removesuffix("_frozen")], signal.SIGCONT)
+
     async def kill_agent(self) -> None:
-        """kill -9, and then a supervisor's restart: the same command over the same state."""
-        child = self.children["agent"]
+        """kill -9, and then a supervisor's restart: the same command over the same state. Where no agent runs, nothing
+        happens."""
+        child = self.children.get("agent")
+        if child is None:
+            return
         child.process.kill()
         await child.process.wait()
         await self.start_agent()
@@ -142,30 +169,9 @@ class ChaosWorld(World):
         if child is not None:
             await child.end()
 
-    def freeze(self, name: str) -> None:
-        self._signal(self.children[name], signal.SIGSTOP)
-
-    def thaw(self, name: str) -> None:
-        self._signal(self.children[name], signal.SIGCONT)
-
     @staticmethod
     def _signal(child: Child, number: signal.Signals) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(child.pid)
             for one in (process, *process.children(recursive=True)):
                 one.send_signal(number)
-
-
-class BrowseProbe(Probe):
-    """A customer who only looks: what breaks the checkout alone must not break this, and no remedy may either."""
-
-    def __init__(self, front: str) -> None:
-        super().__init__(front)
-        self._url = front + "/"
-
-    async def _buy(self, session: aiohttp.ClientSession) -> bool:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            async with session.get(self._url) as answer:
-                await answer.read()
-                return answer.status == 200
-        return False

@@ -14,29 +14,35 @@ from agent.commands.output import CommandError, Exit, emit_json, on_terminal, sa
 
 if TYPE_CHECKING:
     from agent.chaos.measure import Run
-    from agent.chaos.run import Block, Progress
+    from agent.chaos.run import Block, OpenWorld, Progress, Results
     from agent.chaos.scenario import Scenario
 
 RESULTS = Path("build/chaos/runs.jsonl")
 
 
-def load(files: tuple[Path, ...], only: tuple[str, ...] = (), *, quick: bool = False) -> dict[str, Scenario]:
+def load(
+    files: tuple[Path, ...], only: tuple[str, ...] = (), *, quick: bool = False, workload: Path | None = None
+) -> dict[str, Scenario]:
     """The wanted scenarios. Raises CommandError for a name that none has; ScenarioError, OSError."""
     from agent.chaos.faults import known
-    from agent.chaos.follow import HARNESS_FAULTS
     from agent.chaos.scenario import load_scenarios
+    from agent.chaos.workload import load_workload
+    from agent.chaos.world import HARNESS_FAULTS
 
-    found = load_scenarios(files or None, known() | HARNESS_FAULTS)
+    if workload is not None and not files:
+        raise CommandError("chaos: a workload of your own needs scenarios of your own", "--file FILE", Exit.USAGE)
+    faults = known() | HARNESS_FAULTS if workload is None else frozenset(load_workload(workload).faults)
+    found = load_scenarios(files or None, faults)
     if absent := [name for name in only if name not in found]:
         raise CommandError(f"chaos: no scenario {', '.join(absent)}", "alertmedic chaos list", Exit.USAGE)
     wanted = {name: found[name] for name in only} or found
     return {name: s for name, s in wanted.items() if s.quick or not quick}
 
 
-def listing(files: tuple[Path, ...], *, as_json: bool) -> int:
+def listing(files: tuple[Path, ...], workload: Path | None, *, as_json: bool) -> int:
     import msgspec
 
-    scenarios = load(files)
+    scenarios = load(files, workload=workload)
     if as_json:
         emit_json({"scenarios": [msgspec.to_builtins(s) for s in scenarios.values()]})
         return Exit.OK
@@ -56,16 +62,20 @@ def run(
     share: int,
     kill_agent: bool,
     keep: bool,
+    workload: Path | None,
     as_json: bool,
 ) -> int:
     """Makes the runs that are not in `results` yet; exit code 1 when the agent did anything wrong or needless."""
     from agent.chaos.arms import ARMS
-    from agent.chaos.run import Progress, Results, ResultsError, plan
+    from agent.chaos.run import Progress, Results, ResultsError, in_shop, in_workload, plan
+    from agent.chaos.workload import load_workload
     from agent.demo.children import WorldError, adopt_orphans, missing_programs
 
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise CommandError(f"chaos: no arm {', '.join(unknown)}", f"there are {', '.join(ARMS)}", Exit.USAGE)
-    if missing := missing_programs():
+    if workload is not None and arms != ("auto",):
+        raise CommandError("chaos: a workload of your own has one arm, the agent that runs there", code=Exit.USAGE)
+    if workload is None and (missing := missing_programs()):
         raise CommandError("chaos: " + "; ".join(missing), code=Exit.USAGE)
     try:
         book = Results.open(results)
@@ -73,10 +83,12 @@ def run(
         raise CommandError(str(error)) from error
     blocks = plan(scenarios, arms, repetitions=repetitions, seed=seed, share=share, kill_agent=kill_agent)
     progress = Progress(sum(len(b.jobs) for b in blocks), lambda what, made: None)
+    left_behind = results.with_suffix(".active.json")
+    opened = in_shop(keep) if workload is None else in_workload(load_workload(workload), left_behind)
     adopt_orphans()
     with _shown(progress, quiet=as_json), _swept():
         try:
-            asyncio.run(_until_done_or_told(blocks, book, progress, keep))
+            asyncio.run(_until_done_or_told(blocks, book, progress, opened))
         except WorldError as error:
             raise CommandError(
                 f"chaos: {error}", f"the runs so far are in {results}; the same command goes on"
@@ -84,16 +96,15 @@ def run(
     return report(results, as_json=as_json)
 
 
-async def _until_done_or_told(blocks: list[Block], book: object, progress: Progress, keep: bool) -> None:
-    from agent.chaos.run import Results, run_all
+async def _until_done_or_told(blocks: list[Block], book: Results, progress: Progress, opened: OpenWorld) -> None:
+    from agent.chaos.run import run_all
 
-    assert isinstance(book, Results)
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        await run_all(blocks, book, progress, keep)
+        await run_all(blocks, book, progress, opened)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 

@@ -18,6 +18,7 @@ import aiohttp
 GOOD_SECONDS = 0.75
 INTERVAL_SECONDS = 0.4
 PATIENCE_SECONDS = 4.0
+CHECKOUT = {"product": 1}
 IN_A_ROW = 4
 
 
@@ -50,10 +51,13 @@ def recovered_at(probes: Sequence[Checkout]) -> float | None:
 
 
 class Probe:
-    """Probes every `INTERVAL_SECONDS`, whatever becomes of the probe before."""
+    """Probes every `INTERVAL_SECONDS`, whatever becomes of the probe before. Good is an answer with 200 within
+    `good_seconds`; `body` is sent as JSON, None: nothing is."""
 
-    def __init__(self, front: str) -> None:
-        self._url = front + "/checkout"
+    def __init__(
+        self, url: str, method: str = "POST", body: object = CHECKOUT, good_seconds: float = GOOD_SECONDS
+    ) -> None:
+        self._url, self._method, self._body, self._good_seconds = url, method, body, good_seconds
         self._seen: list[Checkout] = []
         self._undecided: set[float] = set()
 
@@ -79,7 +83,7 @@ class Probe:
         self._undecided.add(at)
         buying = asyncio.ensure_future(self._buy(session))
         try:
-            done, _ = await asyncio.wait({buying}, timeout=GOOD_SECONDS)
+            done, _ = await asyncio.wait({buying}, timeout=self._good_seconds)
             good = bool(done) and buying.result()
             self._seen.append(Checkout(at, time.monotonic() - began, good))
             self._undecided.discard(at)
@@ -89,7 +93,7 @@ class Probe:
 
     async def _buy(self, session: aiohttp.ClientSession) -> bool:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            async with session.post(self._url, json={"product": 1}) as answer:
+            async with session.request(self._method, self._url, json=self._body) as answer:
                 await answer.read()
                 return answer.status == 200
         return False

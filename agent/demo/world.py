@@ -149,7 +149,7 @@ class World:
         self.orders_cpu = max(os.sched_getaffinity(0))
         self.children: dict[str, Child] = {}
         self.prometheus = Prometheus(self.ports.url("prometheus"), session)
-        self.probe = Probe(self.ports.url("front"))
+        self.probe = Probe(self.ports.url("front") + "/checkout")
         self.injector: Injection | None = None
 
     @classmethod

@@ -8,9 +8,10 @@ import pytest
 from chaos_runs import run
 
 from agent.chaos.faults import known
-from agent.chaos.follow import HARNESS_FAULTS, Job
+from agent.chaos.follow import Job
 from agent.chaos.run import Progress, Results, ResultsError, plan
 from agent.chaos.scenario import load_scenarios
+from agent.chaos.world import HARNESS_FAULTS
 
 SCENARIOS = load_scenarios(None, known() | HARNESS_FAULTS)
 ARMS = ("nothing", "liveness", "command", "auto", "approve")

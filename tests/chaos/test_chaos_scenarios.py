@@ -8,9 +8,8 @@ import pytest
 
 from agent.chaos.arms import COMMANDS
 from agent.chaos.faults import FAULTS, known
-from agent.chaos.follow import HARNESS_FAULTS
 from agent.chaos.scenario import ScenarioError, load_scenarios
-from agent.chaos.world import symptom_rules
+from agent.chaos.world import HARNESS_FAULTS, symptom_rules
 from agent.demo.settings import ALERT
 
 ALL = known() | HARNESS_FAULTS
