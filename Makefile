@@ -5,7 +5,7 @@ SHELL := /bin/sh
 PYTEST := .venv/bin/python -m pytest
 SEED ?=
 
-.PHONY: help install demo serve test test-full lint format bench chaos chaos-full lock clean
+.PHONY: help install demo serve test test-full lint format manifests bench chaos chaos-full lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,10 +29,13 @@ serve: .venv/installed ## the service on 127.0.0.1:9095
 
 test: .venv/installed-dev ## all tests, heavy suites as seeded subsets (under 10 minutes)
 	@tools/install-debian test
+	@tools/install-helm test
 	@$(PYTEST) -m "not full"
 
 test-full: .venv/installed-dev ## all tests at full volume
 	@tools/install-debian test
+	@tools/install-helm full
+	@tools/build-apiserver
 	@$(PYTEST)
 
 lint: .venv/installed-dev ## ruff, mypy strict, the layer rule
@@ -44,6 +47,10 @@ lint: .venv/installed-dev ## ruff, mypy strict, the layer rule
 format: .venv/installed-dev
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
+
+manifests: .venv/installed-dev ## plain Kubernetes manifests from the chart, in build/manifests
+	@tools/install-helm test
+	@tools/render-manifests
 
 bench: .venv/installed-dev ## ratios against named references, in one run
 	@tools/install-debian test

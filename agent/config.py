@@ -33,6 +33,7 @@ from sandbox.model import Protection
 __all__ = ["Config", "ConfigError", "Fault", "Secret", "default_state_dir", "load"]
 
 MIB = 1024 * 1024
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 Seconds = Annotated[float, Meta(gt=0, le=31 * 86400)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=31 * 86400)]
@@ -195,6 +196,9 @@ class InventoryEntry(Struct, frozen=True, kw_only=True):
     scale_url: Url = ""
     workers_max: Annotated[str, Meta(pattern=r"^([1-9][0-9]{0,5})?\Z")] = ""
     log_root: str = ""
+    kubernetes_workload: Annotated[
+        str, Meta(pattern=r"^((deployment|statefulset|daemonset)/[a-z0-9-]{1,63}/[a-z0-9.-]{1,253})?\Z")
+    ] = ""
 
     def strings(self) -> dict[str, str]:
         """The keys that are told, as actions take them."""
@@ -264,6 +268,20 @@ class Sandbox(Struct, frozen=True, kw_only=True):
     parent: str = ""  # cgroup v2 directory under which leaves are made; "": found by itself
 
 
+class Kubernetes(Struct, frozen=True, kw_only=True):
+    """The API server that evidence comes from and actions go to. The defaults are what a pod finds in itself."""
+
+    enabled: bool = False
+    api: Url = "https://kubernetes.default.svc"
+    token_file: Path = SERVICE_ACCOUNT / "token"  # read again for every request: it rotates
+    ca_file: Path = SERVICE_ACCOUNT / "ca.crt"
+    evidence: bool = True
+    namespaces: tuple[Name, ...] = ()  # looked at and acted in; none named: every one
+    nodes: bool = False  # look at nodes too; they are cluster-wide objects
+    timeout_seconds: Seconds = 10.0
+    max_objects: Count = 50_000  # of one kind that are kept in memory; more: this kind is reported as missing
+
+
 class Merge(Struct, frozen=True, kw_only=True):
     window_seconds: SecondsOrZero = 300.0
     reopen_seconds: SecondsOrZero = 900.0
@@ -314,6 +332,7 @@ class Config(Struct, frozen=True, kw_only=True):
     guard: Guard = Guard()
     breaker: BreakerPolicy = BreakerPolicy()
     sandbox: Sandbox = Sandbox()
+    kubernetes: Kubernetes = Kubernetes()
     merge: Merge = Merge()
     verify: Verify = Verify()
     investigate: Investigate = Investigate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -64,4 +65,6 @@ def default_text(info: Any) -> str:
     if isinstance(value, Mapping):
         assert not value
         return "{}"
+    if isinstance(value, Path):
+        return str(value)
     return value if value and value != "*" else f'"{value}"'
