@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import yaml
@@ -64,6 +64,7 @@ class Risk(msgspec.Struct, frozen=True, kw_only=True):
     blast_radius: BlastRadius
     changes: Changes
     auto: Literal["allowed", "never"]
+    persons: Annotated[int, msgspec.Meta(ge=1, le=2)] = 1  # that must approve it, where a person must
 
 
 class Secret(msgspec.Struct, frozen=True, kw_only=True):
@@ -427,6 +428,7 @@ def _risk(data: Any, where: str, faults: list[str]) -> Risk:
         blast_radius=keys.choice("blast_radius", get_args(BlastRadius)),
         changes=keys.choice("changes", get_args(Changes)),
         auto=keys.choice("auto", ("allowed", "never")),
+        persons=keys.number("persons", 1, 1, 2, whole=True),
     )
     keys.done()
     return risk

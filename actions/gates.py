@@ -7,7 +7,8 @@ objection has a `Refusal` and a sentence. Comparisons are written so that NaN ob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -17,9 +18,10 @@ import msgspec
 from actions.breaker import Breaker, keys_of, permits
 from actions.catalog import ActionDefinition
 from actions.model import AUTONOMY_ORDER, Autonomy, Declined, ParamValue, Refusal
-from actions.policy import HOUR, GuardPolicy, granted, in_maintenance, storm_until
+from actions.policy import HOUR, GuardPolicy, granted, group_of, in_maintenance, storm_until
 from sandbox.model import EnforcedBy
 
+PID = re.compile(r"\bpid=([0-9]+)")
 LOCAL_HOSTS = frozenset({"", "local", "localhost", "127.0.0.1", "::1"})
 
 
@@ -56,7 +58,24 @@ class PastAction:
     incident: str
     at: float  # of the intent
     active: bool = False  # its plan is not final yet
-    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What another incident's plan is acting on, or has just been let begin: its service and its resources."""
+
+    incident: str
+    service: str
+    resources: frozenset[str]  # of `resources_of`, all its steps together
+
+
+def resources_of(identity: str, params: Mapping[str, ParamValue]) -> frozenset[str]:
+    """What two actions on one thing have in common, however each of them names it: the identity, and the process where
+    there is one (a program of supervisord and a process group may be the same pid)."""
+    pid = params.get("pid", 0)
+    named = {f"pid={n}" for n in PID.findall(identity)}
+    given = {f"pid={pid}"} if isinstance(pid, int) and pid > 0 else set()
+    return frozenset({identity} | named | given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +101,20 @@ class GuardContext:
     breakers: Mapping[str, Breaker] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict)
     local_hosts: frozenset[str] = LOCAL_HOSTS
-    groups: Mapping[str, str] = field(default_factory=dict)  # service -> group
+    claims: tuple[Claim, ...] = ()  # of other incidents
+    callers: Mapping[str, frozenset[str]] = field(default_factory=dict)  # service -> services that need it
+    degraded: Mapping[str, frozenset[str]] = field(default_factory=dict)  # service in trouble -> diagnosed causes
     targets: tuple[Target, ...] = ()
     values: Mapping[str, ParamValue] = field(default_factory=dict)  # of all parameters but those of the target
 
-    def group_of(self, service: str) -> str:
-        return self.groups.get(service, "")
+    def others(self) -> tuple[Claim, ...]:
+        """What other incidents are acting on now."""
+        begun = (
+            Claim(p.incident, p.service, resources_of(p.target, {}))
+            for p in self.history
+            if p.active and p.incident != self.incident
+        )
+        return (*(c for c in self.claims if c.incident != self.incident), *begun)
 
 
 class Cap(msgspec.Struct, frozen=True):
@@ -140,7 +167,7 @@ def gate_margin(_: ProposalLike, __: ActionDefinition, context: GuardContext) ->
 
 
 def gate_ladder(proposal: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
-    level, rule = granted(
+    level, _, rule = granted(
         context.policy.autonomy,
         action=definition.name,
         service=proposal.service,
@@ -238,32 +265,62 @@ def gate_protected_target(_: ProposalLike, __: ActionDefinition, context: GuardC
     return None
 
 
-def gate_busy(proposal: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
-    wanted = {t.identity for t in context.targets}
-    for past in context.history:
-        if (
-            past.active
-            and past.incident != context.incident
-            and past.target in wanted
-            and past.service == proposal.service
-        ):
-            return _no(Refusal.BUSY_TARGET, f"incident {past.incident} is acting on {past.target}")
+def gate_busy(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
+    wanted = frozenset[str]().union(*(resources_of(t.identity, t.params) for t in context.targets))
+    for claim in context.others():
+        if common := wanted & claim.resources:
+            return _no(Refusal.BUSY_TARGET, f"incident {claim.incident} is acting on {min(common)}")
     return None
 
 
 def gate_blast_radius(proposal: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
-    others = [p for p in context.history if p.active and p.incident != context.incident]
-    policy, service, group = context.policy, proposal.service, context.group_of(proposal.service)
-    on_service = {p.incident for p in others if p.service == service}
+    others, policy, service = context.others(), context.policy, proposal.service
+    on_service = {c.incident for c in others if c.service == service}
     if len(on_service) >= policy.max_actions_per_service:
         return _no(Refusal.BLAST_RADIUS, f"{len(on_service)} other incident(s) act on {service} right now")
-    in_group = {p.incident for p in others if group and (p.group or context.group_of(p.service)) == group}
-    if len(in_group) >= policy.max_actions_per_group:
-        return _no(Refusal.BLAST_RADIUS, f"{len(in_group)} other incident(s) act on the group {group} right now")
-    services = {p.service for p in others} | {service}
+    services = {c.service for c in others} | {service}
     if len(services) > policy.max_services_at_once:
         busy = ", ".join(sorted(services - {service}))
         return _no(Refusal.BLAST_RADIUS, f"other services are being acted on right now: {busy}")
+    return None
+
+
+def gate_group(proposal: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    """At most so many, or such a share, of a group at once, and enough of it left that is well."""
+    found = group_of(context.policy.groups, proposal.service)
+    if found is None or definition.read_only:
+        return None
+    name, group = found
+
+    def within(services: Iterable[str]) -> set[str]:
+        return {s for s in services if any(fnmatchcase(s, glob) for glob in group.services)}
+
+    acting = within(c.service for c in context.others()) | {proposal.service}
+    members = within(context.inventory) | acting
+    if len(acting) > group.max_at_once:
+        what = f"{len(acting)} services of the group {name} would be acted on, at most {group.max_at_once} may be"
+        return _no(Refusal.BLAST_RADIUS, what)
+    share = 100.0 * len(acting) / len(members)
+    if not share <= group.max_percent:
+        what = f"{share:.0f} % of the group {name} would be acted on, at most {group.max_percent:g} % may be"
+        return _no(Refusal.BLAST_RADIUS, what)
+    well = members - acting - set(context.degraded)
+    if len(well) < group.min_healthy:
+        what = f"only {len(well)} of the group {name} would be left untouched and well, {group.min_healthy} must be"
+        return _no(Refusal.MIN_HEALTHY, what)
+    return None
+
+
+def gate_dependents(proposal: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    """What others need is not taken away from them while they are in trouble of their own. Trouble that has this very
+    service for its diagnosed cause is no reason: ending it is what the action is for."""
+    if definition.read_only or definition.risk.blast_radius in ("none", "session"):
+        return None
+    needing = context.callers.get(proposal.service, frozenset())
+    hurt = sorted(s for s in needing if s in context.degraded and proposal.service not in context.degraded[s])
+    if hurt:
+        what = f"{', '.join(hurt[:3])} need(s) {proposal.service} and is in trouble of its own: a person decides"
+        return Cap("approve", Refusal.DEPENDENTS_DEGRADED, what)
     return None
 
 
@@ -329,6 +386,8 @@ AT_START: tuple[Gate, ...] = (
     gate_protected_target,
     gate_busy,
     gate_blast_radius,
+    gate_group,
+    gate_dependents,
     gate_cooldown,
     gate_rate,
     gate_breaker,
@@ -343,6 +402,8 @@ GATES: tuple[Gate, ...] = (
     gate_protected_target,
     gate_busy,
     gate_blast_radius,
+    gate_group,
+    gate_dependents,
     gate_cooldown,
     gate_rate,
     gate_breaker,

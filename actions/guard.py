@@ -27,15 +27,17 @@ from actions.gates import (
     GATES,
     LOCAL_HOSTS,
     Cap,
+    Claim,
     Gate,
     GuardContext,
     PastAction,
     ProposalLike,
     Target,
+    resources_of,
 )
 from actions.model import AUTONOMY_ORDER, Autonomy, Declined, ParamValue, Plan, Refusal, Step
 from actions.parameters import ParameterError, render
-from actions.policy import least
+from actions.policy import GuardPolicy, granted, least
 from sandbox.failpoint import failpoint
 from sandbox.model import Limits, RunResult
 
@@ -43,6 +45,7 @@ __all__ = [
     "LOCAL_HOSTS",
     "ApprovalLike",
     "Cap",
+    "Claim",
     "GuardContext",
     "PastAction",
     "ProposalLike",
@@ -60,6 +63,8 @@ __all__ = [
     "plan_variables",
     "recheck",
     "resolve_targets",
+    "resources_of",
+    "taken",
 ]
 
 # Reading commands get what a step gets, but never more time.
@@ -136,6 +141,7 @@ def decide(proposal: ProposalLike, definition: ActionDefinition, context: GuardC
         cause=context.cause,
         steps=tuple(steps),
         autonomy=autonomy,
+        persons=max(definition.risk.persons, _persons(proposal, definition, context)),
         verify=definition.verify,
         verify_seconds=definition.verify_seconds,
         made_at=context.now,
@@ -144,6 +150,31 @@ def decide(proposal: ProposalLike, definition: ActionDefinition, context: GuardC
         notes=tuple(dict.fromkeys(notes))[:MAX_NOTES],
         demoted_by=tuple(dict.fromkeys(c.reason for c in caps)),
     )
+
+
+def _persons(proposal: ProposalLike, definition: ActionDefinition, context: GuardContext) -> int:
+    """How many people must approve it, by the ladder."""
+    return granted(
+        context.policy.autonomy,
+        action=definition.name,
+        service=proposal.service,
+        alerts=context.alerts,
+        cause=context.cause,
+        tenant=context.tenant,
+        environment=context.environment,
+    ).persons
+
+
+def taken(plan: Plan, policy: GuardPolicy, now: float) -> Plan | Declined:
+    """The request that a person makes of a suggestion: the same steps, and so the same digest, which now wait for
+    approval. All gates that time may have closed are asked before it begins, as of every plan."""
+    action = plan.steps[0].action if plan.steps else ""
+    if plan.autonomy != "suggest" or not policy.approve_suggestions:
+        what = "it is only suggested, and the policy lets nobody approve suggestions (guard.approve_suggestions)"
+        return Declined(reason=Refusal.SUGGEST_ONLY, detail=what, action=action)
+    if not now < plan.expires_at:
+        return Declined(reason=Refusal.APPROVAL_EXPIRED, detail="the suggestion has expired", action=action)
+    return msgspec.structs.replace(plan, id=plan_id(plan.incident, plan.steps, now), autonomy="approve", made_at=now)
 
 
 def recheck(plan: Plan, definition: ActionDefinition | None, context: GuardContext) -> Declined | None:
@@ -156,7 +187,7 @@ def recheck(plan: Plan, definition: ActionDefinition | None, context: GuardConte
         what = f"planned with version {plan.steps[0].version}, now it is {definition.version}"
         return Declined(reason=Refusal.APPROVAL_STALE, detail=what, action=definition.name)
     proposal = _Planned(definition.name, plan.service, plan.reason)
-    targets = tuple(Target(identity=s.target) for s in plan.steps)
+    targets = tuple(Target(identity=s.target, params=s.params) for s in plan.steps)
     context = replace(context, incident=plan.incident, cause=plan.cause, targets=targets)
     verdict = _pass(AT_START, proposal, definition, context)
     if isinstance(verdict, Declined):
@@ -172,8 +203,7 @@ def recheck(plan: Plan, definition: ActionDefinition | None, context: GuardConte
 
 def approval_valid(plan: Plan, approval: ApprovalLike, now: float) -> Declined | None:
     """None when the decision lets the plan begin at `now`. It is bound to the plan, to the digest of its exact steps,
-    and to the time until the plan expires. A plan that is only suggested waits for nobody: a person may run its argv,
-    but cannot make us do it (storm mode and low certainty would mean little otherwise)."""
+    and to the time until the plan expires. A suggestion waits for nobody: `taken` makes a request of it first."""
     action = plan.steps[0].action if plan.steps else ""
     if approval.plan != plan.id or approval.digest != plan.digest:
         what = "the decision is about another plan: look at it again and decide anew"

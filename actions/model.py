@@ -88,6 +88,8 @@ class Refusal(StrEnum):
     COOLDOWN = "cooldown"
     RATE_LIMIT = "rate_limit"
     BLAST_RADIUS = "blast_radius"
+    MIN_HEALTHY = "min_healthy"  # too few of the group would be left untouched and well
+    DEPENDENTS_DEGRADED = "dependents_degraded"  # what needs the service is in trouble of its own
     BUSY_TARGET = "busy_target"  # another incident is acting on it
     BREAKER_OPEN = "breaker_open"
     LIMITS_NOT_ENFORCED = "limits_not_enforced"
@@ -126,6 +128,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cause: str
     steps: tuple[Step, ...]
     autonomy: Autonomy  # `approve`: waits for a person; `auto`: goes on
+    persons: int = 1  # that must approve it, where it waits for approval
     verify: Literal["each", "last"] = "last"
     verify_seconds: float = 60.0
     made_at: float
@@ -136,13 +139,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def digest(self) -> str:
-        return plan_digest(self.incident, self.steps)
+        return plan_digest(self.id, self.incident, self.steps)
+
+    @property
+    def steps_digest(self) -> str:
+        """As older journals have it in their decisions: without the plan's id."""
+        return _digest([self.incident, self.steps])
 
 
-def plan_digest(incident: str, steps: tuple[Step, ...]) -> str:
-    """Over the incident and each step's exact argv, target, check, undo, user and limits."""
-    body = msgspec.json.encode([incident, steps], order="sorted")
-    return hashlib.blake2b(body, digest_size=16).hexdigest()
+def plan_digest(plan: str, incident: str, steps: tuple[Step, ...]) -> str:
+    """Over plan, incident and each step's exact argv, target, check, undo, user and limits. The plan's id is in it, so
+    that a decision on one plan, sent again, is none on a later plan of the same steps."""
+    return _digest([plan, incident, steps])
+
+
+def _digest(of: list[object]) -> str:
+    return hashlib.blake2b(msgspec.json.encode(of, order="sorted"), digest_size=16).hexdigest()
 
 
 class Declined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

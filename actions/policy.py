@@ -6,10 +6,11 @@ Defaults are the careful ones; nothing here acts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -30,10 +31,15 @@ class _Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A key nobody knows is an error: a misspelt limit must not be no limit."""
 
 
+Persons = Annotated[int, msgspec.Meta(ge=1, le=2)]
+
+
 class AutonomyRule(_Policy, frozen=True, kw_only=True):
-    """Globs (fnmatch, case-sensitive) that must all match, and the autonomy then granted."""
+    """Globs (fnmatch, case-sensitive) that must all match, and the autonomy then granted. `persons`: how many different
+    people must approve what waits for approval."""
 
     autonomy: Autonomy
+    persons: Persons = 1
     action: str = "*"
     service: str = "*"
     alert: str = "*"  # matches when any firing alert's name does
@@ -46,7 +52,16 @@ class AutonomyPolicy(_Policy, frozen=True, kw_only=True):
     """The first rule that matches decides; without one, `default`."""
 
     default: Autonomy = "suggest"
+    persons: Persons = 1  # where no rule says how many
     rules: tuple[AutonomyRule, ...] = ()
+
+
+class Granted(NamedTuple):
+    """What the ladder says of one proposal, and which rule that was, in words."""
+
+    autonomy: Autonomy
+    persons: int
+    why: str
 
 
 class StormPolicy(_Policy, frozen=True, kw_only=True):
@@ -69,6 +84,16 @@ class MaintenanceWindow(_Policy, frozen=True, kw_only=True):
     days: tuple[Weekday, ...] = ()
     from_time: str | None = None
     to_time: str | None = None
+
+
+class GroupPolicy(_Policy, frozen=True, kw_only=True):
+    """Services that stand in for each other. All of its bounds hold; a group of which nobody knows the members lets
+    nothing be done."""
+
+    services: tuple[str, ...]  # globs on service names
+    max_at_once: Count = 1  # of its services that are acted on at one time
+    max_percent: Annotated[float, msgspec.Meta(gt=0, le=100)] = 100.0  # the same, as a share of its members
+    min_healthy: Annotated[int, msgspec.Meta(ge=0)] = 0  # members that must stay untouched and without an alert
 
 
 class ProtectedPolicy(_Policy, frozen=True, kw_only=True):
@@ -95,8 +120,9 @@ class GuardPolicy(_Policy, frozen=True, kw_only=True):
     max_targets: Count = 1  # of one plan; the action's own bound counts too
     max_services_at_once: Count = 1  # services that are being acted on at one time
     max_actions_per_service: Count = 1  # plans under way on one service
-    max_actions_per_group: Count = 1  # plans under way on one group of services
+    groups: Mapping[str, GroupPolicy] = {}
     approval_ttl_seconds: Seconds = 1800.0
+    approve_suggestions: bool = True  # a person may let run what was only suggested
     storm: StormPolicy = StormPolicy()
     maintenance: tuple[MaintenanceWindow, ...] = ()
     protected: ProtectedPolicy = ProtectedPolicy()
@@ -119,8 +145,8 @@ def granted(
     cause: str,
     tenant: str,
     environment: str,
-) -> tuple[Autonomy, str]:
-    """The autonomy that the first matching rule grants, and which rule that was, in words."""
+) -> Granted:
+    """What the first matching rule grants."""
     for i, rule in enumerate(policy.rules):
         pairs = (
             (action, rule.action),
@@ -131,24 +157,44 @@ def granted(
         )
         named = rule.alert == "*" or any(fnmatchcase(name, rule.alert) for name in alerts)
         if named and all(fnmatchcase(value, glob) for value, glob in pairs):
-            return rule.autonomy, f"autonomy rule {i + 1}"
-    return policy.default, "default autonomy"
+            return Granted(rule.autonomy, rule.persons, f"autonomy rule {i + 1}")
+    return Granted(policy.default, policy.persons, "default autonomy")
 
 
 def storm_until(opened: Sequence[float], now: float, policy: StormPolicy) -> float | None:
     """When the present storm ends if no further incident opens, or None when there is none.
 
-    `opened`: times at which incidents opened, in any order. A storm lasts from the moment at which more than
-    `policy.incidents` lie within the window until the cooldown after the last moment at which they did.
+    `opened`: times at which incidents opened, in the order in which they did. A storm lasts from the moment at which
+    more than `policy.incidents` lie within the window until the cooldown after the last moment at which they did. Where
+    the clock was set back between two of them, no time is taken to have passed: what opened "in the future" opened a
+    moment ago.
     """
-    times = sorted(t for t in opened if t <= now)
+    times, passed = _passed(opened, now)
     end: float | None = None
     for i in range(policy.incidents, len(times)):
         first, last = times[i - policy.incidents], times[i]
         if last - first < policy.window_seconds:
             crowded_until = first + policy.window_seconds
             end = max(end or 0.0, crowded_until + policy.cooldown_seconds)
-    return end if end is not None and now < end else None
+    return now + (end - passed) if end is not None and passed < end else None
+
+
+def _passed(opened: Sequence[float], now: float) -> tuple[list[float], float]:
+    """`opened` and `now` on a clock that never goes back."""
+    times: list[float] = []
+    elapsed = 0.0
+    for before, at in itertools.pairwise([opened[0], *opened] if opened else []):
+        elapsed += max(0.0, at - before)
+        times.append(elapsed)
+    return times, elapsed + (max(0.0, now - opened[-1]) if opened else 0.0)
+
+
+def group_of(groups: Mapping[str, GroupPolicy], service: str) -> tuple[str, GroupPolicy] | None:
+    """The first group that a service belongs to."""
+    for name, group in groups.items():
+        if any(fnmatchcase(service, glob) for glob in group.services):
+            return name, group
+    return None
 
 
 def in_maintenance(windows: Sequence[MaintenanceWindow], service: str, now: float) -> MaintenanceWindow | None:

@@ -226,7 +226,12 @@ class App:
             max_body_bytes=self.config.intake.max_body_bytes,
             on_webhook=self._on_webhook,
         )
-        operations = Operations(self.store, self._remediation.runner)
+        operations = Operations(
+            self.store,
+            self._remediation.runner,
+            policy=self.config.guard_policy,
+            on_refused=self.telemetry.refused,
+        )
         web = build_app(
             self.intake, self.store, operations, health=self.health, metrics=self.telemetry.render, options=options
         )

@@ -231,6 +231,12 @@ class MaintenanceWindow(policy.MaintenanceWindow, frozen=True, kw_only=True):
     to_time: TimeOfDay | None = None
 
 
+class GroupPolicy(policy.GroupPolicy, frozen=True, kw_only=True):
+    """Services that stand in for each other: what may be acted on at once, and what must stay well."""
+
+    services: tuple[Glob, ...]
+
+
 class Protected(policy.ProtectedPolicy, frozen=True, kw_only=True):
     """What no action may touch, whatever else allows it (as the agent, pid 1, kernel threads and supervisors)."""
 
@@ -254,8 +260,9 @@ class Guard(Struct, frozen=True, kw_only=True):
     max_targets: Count = 1  # of one plan; the action's own bound counts too
     max_services_at_once: Count = 1
     max_actions_per_service: Count = 1
-    max_actions_per_group: Count = 1
+    groups: Mapping[Name, GroupPolicy] = {}
     approval_ttl_seconds: Seconds = 1800.0
+    approve_suggestions: bool = True
     storm: policy.StormPolicy = policy.StormPolicy()
     maintenance: tuple[MaintenanceWindow, ...] = ()
     protected: Protected = Protected()

@@ -103,6 +103,8 @@ class Merge:
         if self.record.at > incident.last_alert_at:
             incident.last_alert_at = self.record.at
         incident.last_firing_seq = self.seq
+        if alert.fingerprint in incident.fresh or len(incident.fresh) < MAX_ALERTS:
+            incident.fresh[alert.fingerprint] = self.seq
         self._index(incident, alert.name, service)
         return incident
 

@@ -12,6 +12,7 @@ The life of an incident (`INCIDENT_MOVES`); every edge and who takes it:
     investigating -> open                 the task was interrupted (drain, crash): it waits again
     investigating -> escalated            the investigation itself broke; a person gets it
     diagnosed -> suggested                a plan a person may carry out; nothing runs
+    suggested -> awaiting_approval        a person made a request of the suggestion
     diagnosed -> awaiting_approval        a plan that waits for a person
     diagnosed -> acting                   a plan that was granted `auto`
     diagnosed -> declined                 no plan, and the reason (a `Refusal`)
@@ -75,7 +76,7 @@ INCIDENT_MOVES: dict[IncidentState, frozenset[IncidentState]] = {
     _I.DIAGNOSED: frozenset(
         {_I.SUGGESTED, _I.AWAITING_APPROVAL, _I.ACTING, _I.DECLINED, _I.VERIFYING, _I.INVESTIGATING}
     ),
-    _I.SUGGESTED: frozenset({_I.VERIFYING, _I.INVESTIGATING, _I.ESCALATED}),
+    _I.SUGGESTED: frozenset({_I.AWAITING_APPROVAL, _I.VERIFYING, _I.INVESTIGATING, _I.ESCALATED}),
     _I.AWAITING_APPROVAL: frozenset({_I.ACTING, _I.DECLINED, _I.VERIFYING, _I.INVESTIGATING}),
     _I.ACTING: frozenset({_I.VERIFYING, _I.DECLINED, _I.ESCALATED}),
     _I.DECLINED: frozenset({_I.ESCALATED, _I.VERIFYING, _I.INVESTIGATING}),
@@ -136,8 +137,20 @@ class Approval(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     who: str
     origin: str
     note: str = ""
+    asked: str = ""
+    token: str = ""
     counted: bool = False
     why: str = ""
+
+    @property
+    def person(self) -> str:
+        return person_of(self.who, self.origin)
+
+
+def person_of(who: str, origin: str) -> str:
+    """Who somebody is when two different people are asked for. A name on the command line is a claim, the uid that the
+    kernel tells is not; over HTTP the name is the credential's."""
+    return origin if origin.startswith("cli ") else who
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -183,6 +196,7 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
     truncated: int = 0  # alerts that Alertmanager said it left out
     last_alert_at: float
     last_firing_seq: int = 0  # newest record that brought a firing alert
+    fresh: dict[str, int] = {}  # fingerprints that fired since the last look at the evidence began -> record
     receiver: str = ""
     external_url: str = ""
     traceparent: str = ""
@@ -224,6 +238,14 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
         return self.diagnosed_seq > 0 and self.last_firing_seq > self.diagnosed_seq
 
     @property
+    def news(self) -> tuple[Alert, ...]:
+        """What came after the last look at the evidence had begun, and still fires. Before any look nothing is news."""
+        if not self.diagnosed_seq:
+            return ()
+        known = ((seq, self.alerts.get(fingerprint)) for fingerprint, seq in self.fresh.items())
+        return tuple(a for seq, a in known if a is not None and a.status == "firing" and seq > self.diagnosed_seq)
+
+    @property
     def unsettled(self) -> tuple[int, ...]:
         """Indexes of steps whose effect may be under way (intent, undoing, unknown)."""
         return tuple(i for i, step in enumerate(self.steps) if step.state in UNSETTLED)
@@ -257,7 +279,18 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
     def copy(self) -> Incident:
         """With containers of its own; what they hold is frozen and shared."""
         twin = msgspec.structs.replace(self)
-        for name in ("keys", "symptoms", "services", "alerts", "steps", "past", "approvals", "refusals", "story"):
+        for name in (
+            "keys",
+            "symptoms",
+            "services",
+            "alerts",
+            "fresh",
+            "steps",
+            "past",
+            "approvals",
+            "refusals",
+            "story",
+        ):
             setattr(twin, name, getattr(self, name).copy())
         return twin
 

@@ -110,7 +110,8 @@ def diagnosed(record: Diagnosed) -> str:
 def plan_made(record: PlanMade) -> str:
     plan = record.plan
     steps = _list([f"{s.action} on {plain(s.target, 120)}" for s in plan.steps])
-    word = {"auto": "goes on by itself", "approve": "waits for approval"}.get(plan.autonomy, "is a suggestion only")
+    waits = "waits for approval" if plan.persons == 1 else f"waits for approval by {plan.persons} people"
+    word = {"auto": "goes on by itself", "approve": waits}.get(plan.autonomy, "is a suggestion only")
     notes = f" ({plain('; '.join(plan.notes))})" if plan.notes else ""
     return f"plan {plan.id}: {steps}; it {word}{notes}"
 
@@ -120,11 +121,14 @@ def plan_declined(record: PlanDeclined) -> str:
     return f"{action}declined ({record.refusal}){_because(record.detail)}"
 
 
-def approval_given(record: ApprovalGiven, counted: bool, why: str) -> str:
+def approval_given(record: ApprovalGiven, why: str, left: int) -> str:
+    """`why` it changed nothing, "" where it counts; `left`: people who must still approve."""
     word = "approved" if record.decision == "approve" else "rejected"
     whence = f"({plain(record.origin, 80)}){_because(record.note)}"
     text = f"{plain(record.who, 80)} {word} plan {plain(record.plan, 80)} {whence}"
-    return text if counted else f"{text}; this changed nothing: {why}"
+    if why:
+        return f"{text}; this changed nothing: {why}"
+    return f"{text}; {left} more must approve it" if left else text
 
 
 def step_recorded(record: StepRecorded, plan: Plan | None) -> str:
@@ -134,6 +138,8 @@ def step_recorded(record: StepRecorded, plan: Plan | None) -> str:
     if move.after is StepState.INTENT:
         return f"{name}: about to run{_because(move.reason)}"
     text = f"{name}: {move.before} -> {move.after}"
+    if move.refusal is not None:
+        text += f" ({move.refusal})"
     if move.result is not None:
         text += f", {_outcome(move.result)}"
     return text + _because(move.reason)

@@ -36,6 +36,7 @@ from agent.fold_model import (
     StoryLine,
     check_move,
     incident_id,
+    person_of,
 )
 from agent.fold_state import MAX_QUARANTINE, FrozenState, State, StateError, UnsettledStep
 from agent.journal.records import (
@@ -243,7 +244,9 @@ def _diagnosed(state: State, seq: int, record: Diagnosed) -> Changes:
     if record.incident not in state.incidents:
         return NOTHING
     incident = state.touch(record.incident, record.at, seq)
-    incident.diagnosis, incident.diagnosed_at, incident.diagnosed_seq = record.diagnosis, record.at, seq
+    incident.diagnosis, incident.diagnosed_at = record.diagnosis, record.at
+    incident.diagnosed_seq = record.seen or seq  # what fired while it was being looked at is news
+    incident.fresh = {f: n for f, n in incident.fresh.items() if n > incident.diagnosed_seq}
     incident.evidence_seconds, incident.diagnosis_seconds = record.evidence_seconds, record.diagnosis_seconds
     incident.evidence_at = record.evidence_at
     incident.justification = record.justification
@@ -283,13 +286,28 @@ def _why_not_counted(incident: Incident, record: ApprovalGiven) -> str:
     plan = incident.plan
     if plan is None or plan.id != record.plan:
         return "that plan is not the incident's plan now"
-    if incident.plan_digest != record.digest:
+    if record.digest not in (incident.plan_digest, plan.steps_digest):
         return "it was given for other steps (the digest differs)"
     if incident.plan_state != "waiting":
         return f"the plan is {incident.plan_state}, not waiting"
     if not record.at < plan.expires_at:
         return "the plan had expired"
+    person = person_of(record.who, record.origin)
+    if record.decision == "approve" and person in _approvers(incident, plan.id):
+        return "the same person has approved it already; another one must"
     return ""
+
+
+def _approvers(incident: Incident, plan: str) -> set[str]:
+    """The people whose approval of the plan counts."""
+    return {a.person for a in incident.approvals if a.counted and a.plan == plan and a.decision == "approve"}
+
+
+def _persons_left(incident: Incident, record: ApprovalGiven) -> int:
+    """How many more people must approve after this one."""
+    given = _approvers(incident, record.plan) | {person_of(record.who, record.origin)}
+    needed = incident.plan.persons if incident.plan is not None else 1
+    return max(0, needed - len(given))
 
 
 def _approval(state: State, seq: int, record: ApprovalGiven) -> Changes:
@@ -297,8 +315,13 @@ def _approval(state: State, seq: int, record: ApprovalGiven) -> Changes:
         return NOTHING
     incident = state.touch(record.incident, record.at, seq)
     why = _why_not_counted(incident, record)
-    if not why:
-        incident.plan_state = "approved" if record.decision == "approve" else "rejected"
+    left = 0
+    if not why and record.decision == "reject":
+        incident.plan_state = "rejected"
+    elif not why:
+        left = _persons_left(incident, record)
+        if not left:
+            incident.plan_state = "approved"
     incident.approvals.append(
         Approval(
             at=record.at,
@@ -308,12 +331,14 @@ def _approval(state: State, seq: int, record: ApprovalGiven) -> Changes:
             who=record.who,
             origin=record.origin,
             note=record.note,
+            asked=record.asked,
+            token=record.token,
             counted=not why,
             why=why,
         )
     )
     del incident.approvals[:-MAX_PAST]
-    incident.tell(record.at, story.approval_given(record, not why, why), "approval_given")
+    incident.tell(record.at, story.approval_given(record, why, left), "approval_given")
     return Changes((incident.id,))
 
 

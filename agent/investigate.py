@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from actions.model import Declined, Plan, Refusal
@@ -36,7 +36,7 @@ from agent.store import Store
 from agent.telemetry import Telemetry
 from agent.verify import SeriesVerifier
 from rules.diagnose import diagnose
-from rules.model import Diagnosis, Situation
+from rules.model import Alert, Diagnosis, Situation
 from rules.packs import PackSet
 from rules.verify import Justification, justification_of, symptoms_of
 from sandbox.failpoint import failpoint
@@ -117,6 +117,7 @@ class Investigation:
         """Evidence, then the ranking: one record, so that a crash leaves both or neither."""
         failpoint("investigate_before_evidence")
         begun = time.perf_counter()
+        seen = self.store.state.seq
         with self.telemetry.stage("evidence", incident.id, incident.traceparent):
             situation = await self.situations.of(incident, self.store.state)
         for evidence in situation.evidence:
@@ -139,6 +140,7 @@ class Investigation:
                 diagnosis_seconds=time.perf_counter() - gathered,
                 evidence_at=situation.until,
                 justification=justification,
+                seen=seen,
             ),
             self._moved(incident, _I.DIAGNOSED, "", at=now),
         )
@@ -177,6 +179,8 @@ class Investigation:
         state = {"auto": _I.ACTING, "approve": _I.AWAITING_APPROVAL}.get(plan.autonomy, _I.SUGGESTED)
         reason = "; ".join(plan.notes) if state is not _I.ACTING else plan.reason
         refusal = plan.demoted_by[0] if plan.demoted_by else None
+        for demotion in plan.demoted_by:
+            self.telemetry.refused(demotion)
         failpoint("investigate_before_plan")
         await self._record(
             PlanMade(at=self.clock(), plan=plan),
@@ -196,6 +200,9 @@ class Investigation:
 
     async def _awaiting_approval(self, incident: Incident) -> float | None:
         plan = incident.plan
+        if incident.has_news and incident.plan_state == "waiting":  # what waits was made without knowing of them
+            await self._move(incident, _I.INVESTIGATING, "more alerts came in")
+            return None
         if incident.plan_state == "rejected":
             refused = Declined(reason=Refusal.APPROVAL_REJECTED, detail="a person rejected the plan")
             await self._decline(incident, refused)
@@ -239,6 +246,10 @@ class Investigation:
         if incident.firing and (blind or (incident.has_news and incident.plan_state != "done")):
             await self._move(incident, _I.INVESTIGATING, "it fires again")
             return None
+        if incident.news and incident.plan_state == "done":
+            later = await self._later(incident)
+            if later is not None:
+                return later
         ended = max((a.ends_at or a.starts_at for a in incident.alerts.values()), default=incident.updated_at)
         claimed = min(ended, incident.updated_at)  # a sender's clock may be ahead: its future has no samples
         if blind:
@@ -267,6 +278,29 @@ class Investigation:
             return None
         await self._move(incident, _I.ESCALATED, f"not verified: {verdict.text}", seen=seen)
         return None
+
+    async def _later(self, incident: Incident) -> float | None:
+        """About alerts that joined while the incident was being healed: when to look again, None when they are over.
+
+        Often they are echoes of the fault that is over, so their own services' series get the time of a verification to
+        come back. What does not, or has no series to look at and still fires then, is looked into."""
+        situation = await self.situations.of(incident, self.store.state)
+        over = True
+        for service in sorted({self._service_of(alert) for alert in incident.news}):
+            seen = await asyncio.to_thread(symptoms_of, replace(situation, entry=service), self.packs)
+            good = bool(seen.series) and (await self.verifier.judged(incident, seen, incident.moved_at)).recovered
+            over = over and good
+        if over:
+            return None
+        due = incident.moved_at + self.config.verify.deadline_seconds
+        if self.clock() < due:
+            return min(due, self.clock() + self.config.verify.poll_seconds)
+        names = ", ".join(sorted({alert.name for alert in incident.news})[:3])
+        await self._move(incident, _I.INVESTIGATING, f"{names} joined while it was being healed, and is not over")
+        return self.clock()
+
+    def _service_of(self, alert: Alert) -> str:
+        return next((v for label in self.config.service_labels if (v := alert.labels.get(label, ""))), "")
 
     # -- what the states share ---------------------------------------------------------------------------------------
 
@@ -395,8 +429,9 @@ class Investigation:
         self.telemetry.healing_ended(recovered=recovered)
         if recovered:
             failpoint("investigate_after_verifying")
-            if (verifying := self.store.state.incident(id)) is not None:
-                await self._move(verifying, _I.RESOLVED, outcome.reason)
+            # What joined while it was being healed was not healed with it: `_verifying` looks at that first.
+            if (verifying := self.store.state.incident(id)) is not None and not verifying.news:
+                await self._move(verifying, _I.RESOLVED, outcome.reason, seen=verifying.updated_seq)
         return None
 
     async def _interrupted(self, incident: Incident, reason: str) -> float | None:

@@ -1,20 +1,29 @@
 """What a person may do: approve, reject, pause, reset a breaker. Each is journalled before it is answered.
 
 Called by `agent.http.api`, over TCP for callers with the scope `approve` and over the control socket for the command
-line. Exists so that a decision has one way in. It never runs anything: the record wakes the incident's investigation,
-which checks the gates again.
+line. Exists so that a decision has one way in, also by a signed link (`agent.signed`). It never runs anything: the
+record wakes the incident's investigation, which checks the gates again.
+
+A decision is idempotent by incident, digest and person: sent twice, or replayed, it is recorded once and answered
+alike. The digest covers the plan itself, so a replay decides nothing about a later plan. Approving a suggestion makes a
+request of it first: a plan of the same steps that waits for approval.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from actions import guard
 from actions.breaker import Breaker
-from agent.fold_model import Incident, IncidentState
+from actions.model import Declined, Plan, Refusal
+from actions.policy import GuardPolicy
+from agent.fold_model import Approval, Incident, IncidentState, person_of
 from agent.http.api import ApprovalAnswer, Outcome
-from agent.journal.records import ApprovalGiven, Noted, PauseSet
+from agent.journal.records import ApprovalGiven, IncidentMoved, Noted, PauseSet, PlanMade, Record
+from agent.signed import Link, LinkError, verified
 from agent.store import Store
 from sandbox.failpoint import failpoint
 
@@ -28,19 +37,57 @@ class Breakers(Protocol):
     async def reset_breaker(self, key: str, reason: str = ...) -> None: ...
 
 
-class Operations:
-    """Implements `agent.http.api.Operations`."""
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """What somebody wants. `token`: the signed link's number, "" where he came with a credential."""
 
-    def __init__(self, store: Store, runner: Breakers, clock: Callable[[], float] = time.time) -> None:
+    incident: str
+    digest: str
+    decision: Literal["approve", "reject"]
+    who: str
+    origin: str
+    note: str
+    token: str = ""
+
+    @property
+    def person(self) -> str:
+        return person_of(self.who, self.origin)
+
+
+class Operations:
+    """Implements `agent.http.api.Operations`. `on_refused` counts the reasons of refused decisions."""
+
+    def __init__(
+        self,
+        store: Store,
+        runner: Breakers,
+        clock: Callable[[], float] = time.time,
+        policy: GuardPolicy | None = None,
+        on_refused: Callable[[Refusal], None] = lambda _: None,
+    ) -> None:
         self._store = store
         self._runner = runner
         self._clock = clock
+        self._policy = policy or GuardPolicy()
+        self._on_refused = on_refused
 
     async def approve(self, incident: str, digest: str, who: str, origin: str, note: str) -> ApprovalAnswer:
-        return await self._decide(incident, digest, "approve", (who, origin, note))
+        return await self._decide(_Decision(incident, digest, "approve", who, origin, note))
 
     async def reject(self, incident: str, digest: str, who: str, origin: str, note: str) -> ApprovalAnswer:
-        return await self._decide(incident, digest, "reject", (who, origin, note))
+        return await self._decide(_Decision(incident, digest, "reject", who, origin, note))
+
+    async def redeem(self, token: str, key: bytes, origin: str) -> ApprovalAnswer:
+        """The decision that a signed link carries, once. Anything wrong with the link is `refused`, and its text never
+        says more than that it is forged, expired or used."""
+        try:
+            link = verified(token, key, self._clock())
+        except LinkError as error:
+            return ApprovalAnswer(outcome="refused", incident="", detail=str(error))
+        wanted = _Decision(link.incident, link.digest, link.decision, link.person, origin, "by a signed link", link.id)
+        if self._used(link):
+            return ApprovalAnswer(outcome="refused", incident=link.incident, detail="the link was used already")
+        return await self._decide(wanted)
 
     async def pause(self, paused: bool, who: str, origin: str, note: str) -> None:
         await self._store.record(PauseSet(at=self._clock(), paused=paused, who=f"{who} ({origin})", note=note))
@@ -51,49 +98,96 @@ class Operations:
         await self._runner.reset_breaker(key, f"reset by {who} ({origin})" + (f": {note}" if note else ""))
         return True
 
-    async def _decide(
-        self, id: str, digest: str, decision: Literal["approve", "reject"], by: tuple[str, str, str]
-    ) -> ApprovalAnswer:
+    def _used(self, link: Link) -> bool:
+        incident = self._store.state.incident(link.incident)
+        return incident is not None and any(a.token == link.id for a in incident.approvals)
+
+    async def _decide(self, wanted: _Decision) -> ApprovalAnswer:
         """Refusals are not journalled as decisions, but the story tells of the attempt."""
-        incident = self._store.state.incident(id)
+        incident = self._store.state.incident(wanted.incident)
         if incident is None:
-            return ApprovalAnswer(outcome="unknown_incident", incident=id, detail="no such incident")
-        who, origin, note = by
+            return ApprovalAnswer(outcome="unknown_incident", incident=wanted.incident, detail="no such incident")
+        if (before := _given(incident, wanted)) is not None:
+            return _answer(incident, before, again=True)
         now = self._clock()
-        if (refused := _refusal(incident, digest, now)) is not None:
-            outcome, detail = refused
-            await self._store.record(
-                Noted(at=now, incident=id, text=f"{who} ({origin}) wanted to {decision}: {detail}")
-            )
-            return ApprovalAnswer(outcome=outcome, incident=id, detail=detail)
-        plan = incident.plan
-        assert plan is not None
-        await self._store.record(
-            ApprovalGiven(
-                at=now, incident=id, plan=plan.id, digest=digest, decision=decision, who=who, origin=origin, note=note
-            )
+        refused = _refusal(incident, wanted.digest, now)
+        plan: Plan | Declined | None = incident.plan
+        taken = incident.state is IncidentState.SUGGESTED and wanted.decision == "approve"
+        if refused is None and taken and incident.plan is not None:
+            plan = guard.taken(incident.plan, self._policy, now)
+        if isinstance(plan, Declined):
+            refused = "refused", plan.detail, plan.reason
+        if refused is not None or not isinstance(plan, Plan):
+            outcome, detail, reason = refused or ("nothing_waiting", "there is no plan", Refusal.NO_PROPOSAL)
+            self._on_refused(reason)
+            text = f"{wanted.who} ({wanted.origin}) wanted to {wanted.decision}: {detail} ({reason})"
+            await self._store.record(Noted(at=now, incident=incident.id, text=text))
+            return ApprovalAnswer(outcome=outcome, incident=incident.id, detail=detail)
+        return await self._record(incident, plan, wanted, now, taken=taken)
+
+    async def _record(
+        self, incident: Incident, plan: Plan, wanted: _Decision, now: float, *, taken: bool
+    ) -> ApprovalAnswer:
+        given = ApprovalGiven(
+            at=now,
+            incident=incident.id,
+            plan=plan.id,
+            digest=plan.digest,
+            decision=wanted.decision,
+            who=wanted.who,
+            origin=wanted.origin,
+            note=wanted.note,
+            asked=wanted.digest if taken else "",
+            token=wanted.token,
         )
+        records: list[Record] = [given]
+        if taken:
+            what = f"{wanted.who} ({wanted.origin}) makes a request of the suggestion"
+            moved = IncidentMoved(
+                at=now, incident=incident.id, before=incident.state, after=IncidentState.AWAITING_APPROVAL, reason=what
+            )
+            records = [PlanMade(at=now, plan=plan), moved, given]
+        await self._store.record(*records)
         failpoint("operations_after_approval")
         # Two decisions at once: the fold counts one of them, and that is the one to tell of.
-        after = self._store.state.incident(id)
-        mine = [a for a in after.approvals if (a.plan, a.who, a.at) == (plan.id, who, now)] if after else []
-        if mine and not mine[-1].counted:
-            return ApprovalAnswer(outcome="refused", incident=id, plan=plan.id, detail=mine[-1].why)
-        done: Outcome = "approved" if decision == "approve" else "rejected"
-        return ApprovalAnswer(outcome=done, incident=id, plan=plan.id)
+        after = self._store.state.incident(incident.id)
+        mine = [a for a in after.approvals if (a.plan, a.who, a.at) == (plan.id, wanted.who, now)] if after else []
+        if after is None or not mine:
+            return ApprovalAnswer(outcome="refused", incident=incident.id, plan=plan.id, detail="the incident is gone")
+        if not mine[-1].counted and (before := _given(after, wanted)) is not None:
+            return _answer(after, before, again=True)
+        return _answer(after, mine[-1])
 
 
-def _refusal(incident: Incident, digest: str, now: float) -> tuple[Outcome, str] | None:
+def _given(incident: Incident, wanted: _Decision) -> Approval | None:
+    """The same decision of the same person, which counted."""
+    same = (a for a in incident.approvals if a.counted and wanted.digest and wanted.digest in (a.digest, a.asked))
+    return next((a for a in same if (a.decision, a.person) == (wanted.decision, wanted.person)), None)
+
+
+def _answer(incident: Incident, given: Approval, *, again: bool = False) -> ApprovalAnswer:
+    if not given.counted:
+        return ApprovalAnswer(outcome="refused", incident=incident.id, plan=given.plan, detail=given.why)
+    detail = "this was recorded before; nothing has changed" if again else ""
+    outcome: Outcome = "approved" if given.decision == "approve" else "rejected"
+    waiting = incident.plan is not None and incident.plan.id == given.plan and incident.plan_state == "waiting"
+    if outcome == "approved" and waiting:
+        outcome = "partly_approved"
+        detail = "; ".join(filter(None, [detail, "another person must approve it too"]))
+    return ApprovalAnswer(outcome=outcome, incident=incident.id, plan=given.plan, detail=detail)
+
+
+def _refusal(incident: Incident, digest: str, now: float) -> tuple[Outcome, str, Refusal] | None:
     """Why a decision on the incident cannot be taken now."""
-    if incident.state is not IncidentState.AWAITING_APPROVAL or incident.plan is None:
-        if incident.state is IncidentState.SUGGESTED:
-            hint = "it is only suggested: the autonomy level must be at least `approve` for it"
-            return "nothing_waiting", hint
-        return "nothing_waiting", f"nothing waits for approval, the incident is {incident.state}"
+    decidable = (IncidentState.AWAITING_APPROVAL, IncidentState.SUGGESTED)
+    if incident.state not in decidable or incident.plan is None:
+        what = f"nothing waits for approval, the incident is {incident.state}"
+        return "nothing_waiting", what, Refusal.APPROVAL_STALE
     if incident.plan_digest != digest:
-        return "stale_digest", "the digest is not that of the waiting plan: look at it again"
-    if incident.plan_state != "waiting":
-        return "refused", f"it was decided already: the plan is {incident.plan_state}"
+        what = "the digest is not that of the incident's plan now: look at it again"
+        return "stale_digest", what, Refusal.APPROVAL_STALE
+    if incident.plan_state not in ("waiting", "suggested"):
+        return "refused", f"it was decided already: the plan is {incident.plan_state}", Refusal.APPROVAL_STALE
     if now >= incident.plan.expires_at:
-        return "expired", "the plan has expired"
+        return "expired", "the plan has expired", Refusal.APPROVAL_EXPIRED
     return None

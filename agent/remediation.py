@@ -10,22 +10,24 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import sandbox
 from actions import breaker, guard
 from actions.catalog import Catalog
-from actions.guard import GuardContext, PastAction
+from actions.guard import Claim, GuardContext, PastAction
 from actions.model import BreakerMoved, Declined, Plan, Refusal, StepMoved
 from actions.policy import HOUR
 from actions.runner import PlanOutcome, Runner, RunnerSettings
 from agent.config import Config
-from agent.fold_model import Incident
+from agent.fold_model import Incident, IncidentState
+from agent.fold_state import State
 from agent.journal.records import BreakerRecorded, StepRecorded
 from agent.snapshot import FaultSnapshots
 from agent.store import Store
 from agent.telemetry import Telemetry
 from agent.verify import SeriesVerifier
+from rules.model import Topology
 from sandbox.model import Limits, RunResult
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -63,6 +65,8 @@ class Remediation:
     ) -> None:
         self._config, self._catalog, self._store, self._telemetry = config, catalog, store, telemetry
         self._clock = clock
+        self._verifier = verifier
+        self._let: dict[str, Plan] = {}  # plans that were let begin and whose task has not ended, by incident
         snapshots = FaultSnapshots(config.state_dir / "snapshots", config.inventory_strings, clock)
         settings = RunnerSettings(
             protection=config.sandbox.protection,
@@ -106,15 +110,19 @@ class Remediation:
         if plan is None:
             raise ValueError(f"remediation: incident {incident.id} has no plan")
         moves = [move for step in incident.steps for move in step.moves]
-        if moves:
-            return await self.runner.recover(plan, moves, cancelled)
-        return await self.runner.run(plan, cancelled)
+        try:
+            if moves:
+                return await self.runner.recover(plan, moves, cancelled)
+            return await self.runner.run(plan, cancelled)
+        finally:
+            self._let.pop(incident.id, None)
 
     def context(self, incident: Incident) -> GuardContext:
         """The world as the gates see it, now."""
         state, diagnosis = self._store.state, incident.diagnosis
         best = diagnosis.best if diagnosis else None
         now = self._clock()
+        topology = self._topology()
         busy = state.busy_targets()
         begun = incident.plan.made_at if incident.plan is not None and incident.plan_state == "running" else None
         horizon = max(HOUR, self._config.guard.cooldown_seconds)
@@ -148,6 +156,9 @@ class Remediation:
             paused=state.is_paused,
             opened=tuple(i.opened_at for i in state.incidents.values()),
             history=history,
+            claims=self._claims(incident.id),
+            callers=_callers(topology.edges),
+            degraded=_degraded(state, incident.id),
             breakers={key: breaker.restore(move) for key, move in state.breakers.items()},
             secrets=self._secrets(),
         )
@@ -157,7 +168,29 @@ class Remediation:
         incident = self._store.state.incident(plan.incident)
         if incident is None or incident.plan is None or incident.plan.id != plan.id:
             return Declined(reason=Refusal.APPROVAL_STALE, detail="the incident has another plan by now")
-        return self.recheck(incident)
+        refused = self.recheck(incident)
+        if refused is None:
+            # From here on others see it, although its intent is not durable yet: two plans that ask at the same moment
+            # must not both be told that nobody acts.
+            self._let[incident.id] = plan
+        return refused
+
+    def _claims(self, mine: str) -> tuple[Claim, ...]:
+        """What other incidents' plans act on: those under way by the journal, and those that were just let begin."""
+        plans = {
+            i.id: i.plan
+            for i in self._store.state.active()
+            if i.plan is not None and (i.plan_state == "running" or i.unsettled)
+        }
+        plans.update(self._let)
+        return tuple(
+            Claim(id, plan.service, frozenset().union(*(guard.resources_of(s.target, s.params) for s in plan.steps)))
+            for id, plan in plans.items()
+            if id != mine
+        )
+
+    def _topology(self) -> Topology:
+        return self._verifier.situations.topology_known
 
     def _secrets(self) -> dict[str, str]:
         """The variables of our own environment that an action of the catalogue names."""
@@ -189,3 +222,24 @@ class Remediation:
         if tracing is not None:
             environment["TRACEPARENT"] = tracing.traceparent_for(incident.id, incident.traceparent)
         return environment
+
+
+def _callers(edges: Iterable[tuple[str, str]]) -> dict[str, frozenset[str]]:
+    """Service -> those that call or depend on it."""
+    found: dict[str, set[str]] = {}
+    for caller, callee in edges:
+        found.setdefault(callee, set()).add(caller)
+    return {callee: frozenset(callers) for callee, callers in found.items()}
+
+
+def _degraded(state: State, mine: str) -> dict[str, frozenset[str]]:
+    """Services in trouble by other incidents that are not over -> the services that were found to be its cause."""
+    found: dict[str, set[str]] = {}
+    for incident in state.incidents.values():
+        over = incident.state is IncidentState.RESOLVED or not incident.firing
+        if incident.id == mine or over:
+            continue
+        best = incident.diagnosis.best if incident.diagnosis else None
+        for service in incident.services:
+            found.setdefault(service, set()).update({best.service} if best else ())
+    return {service: frozenset(causes) for service, causes in found.items()}

@@ -54,6 +54,11 @@ class Situations:
     _known: Topology | None = field(default=None, init=False)
     _known_until: float = field(default=0.0, init=False)
 
+    @property
+    def topology_known(self) -> Topology:
+        """Who calls whom, by what is configured and was last discovered; asks nobody."""
+        return self._known or self.topology
+
     def entry(self, alerts: Sequence[Alert], told: Mapping[str, Told]) -> str:
         """The node where the trouble was seen. What a pack knows the alert to be about; else the first configured label
         that names a service of the topology, or the first one that is there at all; else the most specific thing that

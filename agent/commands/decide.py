@@ -85,7 +85,8 @@ def decide(state_dir: Path, incident: str, decision: Decision, *, digest: str, n
         return Exit.OK
     import shlex
 
-    say(f"{answer['outcome']}: {answer['incident']} {answer['plan']}")
+    said = f" ({answer['detail']})" if answer["detail"] else ""
+    say(f"{answer['outcome'].replace('_', ' ')}: {answer['incident']} {answer['plan']}{said}")
     for step in plan.get("steps", []):
         say(f"  {shlex.join(step['argv'])}")
     return Exit.OK
@@ -102,7 +103,7 @@ async def _decide_offline(
     plan: dict[str, Any] = (incident_json(found)["plan"] if found is not None else None) or {}
     act = operations.approve if decision == "approve" else operations.reject
     answer = await act(incident, digest or plan.get("digest", ""), who(), origin(), note)
-    if answer.outcome not in ("approved", "rejected"):
+    if answer.outcome not in ("approved", "partly_approved", "rejected"):
         raise CommandError(answer.detail or answer.outcome, f"alertmedic incidents {incident}")
     return msgspec.to_builtins(answer), plan
 

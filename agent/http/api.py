@@ -20,16 +20,31 @@ from agent.http.body import JSON, RequestError, read_body
 from agent.http.render import breaker_json, incident_json, quarantine_json
 from agent.store import Store
 
-Outcome = Literal["approved", "rejected", "unknown_incident", "nothing_waiting", "stale_digest", "expired", "refused"]
+Outcome = Literal[
+    "approved",
+    "partly_approved",
+    "rejected",
+    "unknown_incident",
+    "nothing_waiting",
+    "stale_digest",
+    "expired",
+    "refused",
+]
 Handler = Callable[[web.BaseRequest, str], Awaitable[web.StreamResponse]]  # with what the path names
 
 MAX_LIMIT: Final = 1000
 MAX_BODY_BYTES: Final = 65_536
-_STATUS: Final[dict[Outcome, int]] = {"approved": 200, "rejected": 200, "unknown_incident": 404}
+_STATUS: Final[dict[Outcome, int]] = {
+    "approved": 200,
+    "partly_approved": 200,
+    "rejected": 200,
+    "unknown_incident": 404,
+}
 
 
 class ApprovalAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a decision. Anything but approved and rejected changed nothing; `detail` is a sentence."""
+    """What became of a decision. Anything but approved, partly_approved (another person must approve too) and rejected
+    changed nothing; `detail` is a sentence."""
 
     outcome: Outcome
     incident: str

@@ -74,6 +74,7 @@ class Diagnosed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, t
     diagnosis_seconds: float = 0.0
     evidence_at: float = 0.0  # end of the window that was looked at
     justification: Justification | None = None  # what spoke for the best hypothesis: recovery is judged by it
+    seen: int = 0  # newest sequence number applied when the look at the evidence began; 0: not told
 
 
 class PlanMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_made"):
@@ -90,7 +91,8 @@ class PlanDeclined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class ApprovalGiven(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="approval_given"):
-    """A person's decision. It counts only if `digest` is that of the waiting plan and `at < plan.expires_at`."""
+    """A person's decision. It counts only if `digest` is that of the waiting plan and `at < plan.expires_at`. `asked`:
+    the digest that the person sent, where it was of a suggestion. `token`: the number of the signed link it came by."""
 
     at: float
     incident: str
@@ -100,6 +102,8 @@ class ApprovalGiven(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     who: str
     origin: str  # "cli uid=0", "http 10.0.0.4"
     note: str = ""
+    asked: str = ""
+    token: str = ""
 
 
 class StepRecorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="step_recorded"):

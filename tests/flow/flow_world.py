@@ -33,6 +33,7 @@ class Situations:
     """Nothing is to be had. `during` happens while it is being looked for."""
 
     during: Callable[[], Awaitable[None]] = nothing
+    topology_known = Topology()
 
     async def of(self, incident: Incident, state: object) -> Situation:
         await self.during()
@@ -43,6 +44,7 @@ class Situations:
 class Verifier:
     verdict: Verdict = field(default_factory=lambda: Verdict(recovered=True, text="all is well"))
     during: Callable[[], Awaitable[None]] = nothing
+    situations: Situations = field(default_factory=Situations)
     since: list[float] = field(default_factory=list)
 
     async def look(self, incident: Incident, since: float) -> Verdict:

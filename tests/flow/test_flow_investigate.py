@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -206,3 +207,51 @@ async def test_evidence_that_is_always_too_old_ends_in_a_persons_hands(world: Wo
         await world.moved(id, "diagnosed")
     assert world.incident(id).state is _I.DECLINED
     assert world.incident(id).rounds <= world.config.investigate.rounds + 2
+
+
+async def test_what_joins_while_it_is_being_healed_is_not_closed_with_it(world: World) -> None:
+    id = await world.acting()
+    await diagnosed(world, id)
+    await world.alert(name="Another")
+    world.remediation.outcome = world.outcome(id, "verified", "verified")
+    plan = world.incident(id).plan
+    assert plan is not None
+    for before, after in itertools.pairwise([StepState.PLANNED, StepState.INTENT, StepState.RAN, StepState.VERIFIED]):
+        move = StepMoved(incident=id, plan=plan.id, step=0, before=before, after=after, at=NOW)
+        await world.store.record(StepRecorded(move=move))
+    await acted(world, id)
+    assert world.incident(id).state is _I.VERIFYING
+    # Its own service shows nothing: Alertmanager has the time of a verification to say that it is over.
+    await world.investigation.advance(id)
+    assert world.incident(id).state is _I.VERIFYING
+    world.now += world.config.verify.deadline_seconds
+    await world.investigation._verifying(world.incident(id))
+    assert world.incident(id).state is _I.INVESTIGATING
+    assert "Another" in world.incident(id).reason
+
+
+async def test_an_echo_that_is_over_does_not_keep_a_healed_incident_open(world: World) -> None:
+    id = await world.acting()
+    await diagnosed(world, id)
+    await world.alert(name="Echo")
+    world.remediation.outcome = world.outcome(id, "verified", "verified")
+    for before, after in itertools.pairwise([StepState.PLANNED, StepState.INTENT, StepState.RAN, StepState.VERIFIED]):
+        move = StepMoved(incident=id, plan=f"plan-{id}", step=0, before=before, after=after, at=NOW)
+        await world.store.record(StepRecorded(move=move))
+    await acted(world, id)
+    await world.alert("resolved", name="Echo")
+    await world.investigation.advance(id)
+    assert world.incident(id).state is _I.RESOLVED
+
+
+async def test_what_fires_while_evidence_is_gathered_is_news(world: World) -> None:
+    id = await world.alert()
+
+    async def fires() -> None:
+        await world.alert(name="Another")
+
+    world.situations.during = fires
+    await world.moved(id, "investigating")
+    await world.investigation._investigating(world.incident(id))
+    assert world.incident(id).has_news
+    assert [a.name for a in world.incident(id).news] == ["Another"]

@@ -521,7 +521,10 @@ def test_rendering_shows_every_field_and_rfc3339() -> None:
     assert shown["opened_at"] == "1970-01-01T00:00:01.000Z"
     assert shown["closed_at"] is None
     assert shown["plan"]["expires_at"] == "1970-01-01T00:01:05.500Z"
-    assert (shown["plan"]["digest"], shown["plan"]["state"]) == (plan_digest("inc-a", (step,)), "waiting")
+    assert (shown["plan"]["digest"], shown["plan"]["state"]) == (
+        plan_digest(incident.plan.id, "inc-a", (step,)),
+        "waiting",
+    )
     assert (shown["plan"]["steps"][0]["state"], shown["plan"]["steps"][0]["argv"]) == ("planned", ["true"])
     assert set(shown["hypotheses"][0]) == set(Hypothesis.__struct_fields__)
     assert shown["hypotheses"][0]["contributions"][0]["series"] == []
