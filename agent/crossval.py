@@ -17,7 +17,7 @@ from agent.evaluate import LIMIT, Case, Ranking, Scored, Truth, read_truth, repo
 from agent.sources.recorded import read_recording
 from rules.diagnose import conclude, observe
 from rules.evidence import Observer
-from rules.learn import Counts, count, refit
+from rules.learn import Counts, applied, count, learned, shown
 from rules.packs import PackSet
 
 
@@ -68,7 +68,7 @@ def _diagnosed(
     hidden: Callable[[_Known, _Known], bool],
     unlicensed: Collection[str],
 ) -> list[Scored]:
-    learnt = {cause for (cause, _, _, given), n in total.items() if given and n}
+    causes = shown(total)
     fitted: dict[tuple[int, ...], PackSet] = {}
     scored = []
     for one in known:
@@ -77,7 +77,7 @@ def _diagnosed(
             counts = total.copy()
             for i in without:
                 counts.subtract(known[i].counts)
-            fitted[without] = refit(packs, counts, learnt)
+            fitted[without] = applied(packs, learned(packs, counts, causes))
         begun = time.perf_counter()
         seen = one.observer
         fresh = Observer(seen.situation, fitted[without], seen.findings, seen.graph)

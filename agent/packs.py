@@ -1,5 +1,5 @@
-"""Reads rule packs: the shipped ones and those of the configuration's directories. Called once at start and by
-`check-config`; what a pack means is decided in `rules.packs`, which reads no files."""
+"""Reads rule packs, the shipped ones and those of the configuration's directories, and the learned model. Called once
+at start and by `check-config`; what they mean is decided in `rules.packs` and `rules.learn`, which read no files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 import msgspec
 import yaml
 
+from rules.learn import LearnedModel, ModelError, applied, parse_model
 from rules.packs import Fault, Pack, PackError, PackSet, parse_pack
 
 MAX_PACK_BYTES = 1 << 20
+MAX_MODEL_BYTES = 16 << 20
+SHIPPED_MODEL = "rules/model.json"
 MAX_DEPTH = 20
 
 
@@ -37,12 +40,32 @@ def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> PackSet:
-    """The shipped packs and every `*.yaml` of `dirs`. A pack named in `disable` asks nothing and proposes nothing; its
-    words (signals and groups) stay known, since causes of other packs may mention them as contra-evidence.
+def load_packs(dirs: Iterable[Path] = (), disable: Collection[str] = (), model: Path | None = None) -> PackSet:
+    """The shipped packs and every `*.yaml` of `dirs`, with the tables that were learned: by the shipped model, or by
+    the file `model`. A pack named in `disable` asks nothing and proposes nothing; its words (signals and groups) stay
+    known, since causes of other packs may mention them as contra-evidence.
 
     Raises PackError with all faults of all files, each with file, line and key; OSError if a directory cannot be read.
     """
+    packs = load_bare_packs(dirs, disable)
+    where = SHIPPED_MODEL if model is None else str(model)
+    try:
+        return applied(packs, read_model(model), where)
+    except ModelError as error:
+        raise PackError(where, [Fault((), str(error).removeprefix(f"{where}: "))]) from error
+
+
+def read_model(path: Path | None = None) -> LearnedModel:
+    """The shipped model, or that of a file. Raises ModelError for one that is broken, OSError."""
+    if path is None:
+        return parse_model(resources.files("rules").joinpath("model.json").read_bytes(), SHIPPED_MODEL)
+    if path.stat().st_size > MAX_MODEL_BYTES:
+        raise ModelError(f"{path}: larger than {MAX_MODEL_BYTES} bytes")
+    return parse_model(path.read_bytes(), str(path))
+
+
+def load_bare_packs(dirs: Iterable[Path] = (), disable: Collection[str] = ()) -> PackSet:
+    """The packs with the tables that their authors wrote, as `load_packs` reads them: what is learned from."""
     packs: list[Pack] = []
     faults: list[Fault] = []
     shipped, given = shipped_texts(), texts_in(dirs)

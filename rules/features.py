@@ -28,6 +28,8 @@ from rules.subjects import SUBJECT, node_name
 
 WEAK = 3.0
 STRONG = 6.0
+APART = 4.5  # scales that are strong too where every settled sample lies beyond every normal one
+APART_NORMAL, APART_SETTLED = 30, 3  # so many samples of either are needed for that
 CROSSED = 2.0  # scales by which a saturation must have moved to its limit
 COLLAPSE = 0.1  # a rate at a tenth of its baseline has stopped
 MIN_BASELINE = 3  # fewer normal samples are no baseline
@@ -74,6 +76,7 @@ class Features:
     silent: BoolArray
     based: BoolArray  # has a baseline (or may take zero for one)
     present: BoolArray  # has samples in the abnormal window
+    apart: BoolArray  # every settled sample lies beyond every normal one
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,7 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
             silent=silent & (share < 0.25),
             based=based,
             present=count > 0,
+            apart=_apart(before, settled, np.where(traits.sign == 0, np.sign(shift), traits.sign)),
         )
 
 
@@ -176,6 +180,19 @@ def frames_of(evidence: Iterable[Evidence], packs: PackSet) -> list[Frame]:
         )
         for parts in grids.values()
     ]
+
+
+def _apart(before: FloatArray, settled: FloatArray, sign: FloatArray) -> BoolArray:
+    """Whether every settled sample lies beyond every normal one, in the direction of `sign`: the extreme of the rank
+    sum test, whatever the distribution. With n normal and k settled samples that are alike it happens once in
+    (n + k choose k) times, so that thirty and three are the least that say something (one in 5,456)."""
+    if before.shape[1] < APART_NORMAL or settled.shape[1] < APART_SETTLED:
+        return np.zeros(before.shape[0], dtype=bool)
+    towards = sign[:, None]
+    highest = np.where(np.isfinite(before), before * towards, -np.inf).max(axis=1)
+    lowest = np.where(np.isfinite(settled), settled * towards, np.inf).min(axis=1)
+    enough = (np.isfinite(before).sum(axis=1) >= APART_NORMAL) & (np.isfinite(settled).sum(axis=1) >= APART_SETTLED)
+    return np.asarray(enough & (lowest > highest), dtype=bool)
 
 
 def _windows(times: FloatArray, situation: Situation) -> tuple[BoolArray, BoolArray]:
@@ -295,7 +312,8 @@ def _node(series: SeriesId, signal: Signal, entry: str) -> str:
 def finding_of(series: SeriesId, signal: Signal, features: Features, i: int, node: str | None = None) -> Finding:
     """`node`: what the series describes, its service unless told."""
     z, level, baseline = float(features.z[i]), float(features.level[i]), float(features.baseline[i])
-    state = _state(signal, z, level, baseline, bool(features.based[i]), bool(features.present[i]))
+    apart = bool(features.apart[i])
+    state = _state(signal, z, level, baseline, bool(features.based[i]), bool(features.present[i]), apart)
     silent = bool(features.silent[i]) and state not in ("strong", "weak")
     if silent:
         state, direction = "silent", "silent"
@@ -321,7 +339,9 @@ def finding_of(series: SeriesId, signal: Signal, features: Features, i: int, nod
     )
 
 
-def _state(signal: Signal, z: float, level: float, baseline: float, based: bool, present: bool) -> State | None:
+def _state(
+    signal: Signal, z: float, level: float, baseline: float, based: bool, present: bool, apart: bool
+) -> State | None:
     """The bin. A saturation is strong only at its limit, and being at its limit as usual is no news."""
     if not present:
         return None
@@ -342,7 +362,7 @@ def _state(signal: Signal, z: float, level: float, baseline: float, based: bool,
     if signal.bad == "none":
         return "absent"
     collapsed = signal.kind == "rate" and signal.bad == "down" and z >= WEAK and level <= COLLAPSE * baseline
-    if z >= STRONG or collapsed:  # what has stopped has stopped, however noisy it was
+    if z >= STRONG or collapsed or (apart and z >= APART):  # what has stopped has stopped, however noisy it was
         return "strong"
     if z >= WEAK:
         return "weak"

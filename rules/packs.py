@@ -276,11 +276,12 @@ class PackSet:
     kept with it."""
 
     packs: tuple[Pack, ...]
+    model: str = ""  # version of the learned tables that stand in the place of the packs' own
 
     @classmethod
-    def of(cls, packs: Iterable[Pack]) -> PackSet:
+    def of(cls, packs: Iterable[Pack], model: str = "") -> PackSet:
         """Raises PackError when an id comes twice or a reference between packs leads nowhere."""
-        found = cls(tuple(sorted(packs, key=lambda p: p.pack)))
+        found = cls(tuple(sorted(packs, key=lambda p: p.pack)), model)
         faults: list[Fault] = []
         for table in ("alerts", "queries", "signals", "groups", "causes", "rules"):
             owner: dict[str, str] = {}
@@ -351,7 +352,8 @@ class PackSet:
 
     @cached_property
     def version(self) -> str:
-        return " ".join(f"{p.pack}/{p.version}" for p in self.packs)
+        named = [f"{p.pack}/{p.version}" for p in self.packs]
+        return " ".join([*named, f"model/{self.model}"] if self.model else named)
 
 
 def _convert(kind: Any, data: object, path: tuple[str | int, ...], faults: list[Fault]) -> Any:
