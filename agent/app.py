@@ -125,7 +125,7 @@ async def running(config: Config) -> AsyncIterator[App]:
             await app.listen(topology.edges)
             try:
                 # Alerts are safe before anybody can say what they mean: reading the packs keeps no sender waiting.
-                packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disabled_live)
+                packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disable, config.packs.model)
                 situations.packs = verifier.packs = investigation.packs = packs
                 calm_collector()
                 app.begin()

@@ -164,6 +164,10 @@ def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
         help="with --cross: never count this set (repeatable)",
     )
     made.add_argument("--misses", action="store_true", help="also list every case whose first answer was wrong")
+    made = _add(commands, common, "learn", _learn, "learn likelihoods from recordings with known causes")
+    made.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="recordings that may be learned from")
+    made.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model's file (JSON)")
+    made.add_argument("--version", default="", help="the model's version (default: a digest of its tables)")
 
 
 def _checking(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -374,6 +378,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         misses=arguments.misses,
         cross=arguments.cross,
         unlicensed=tuple(arguments.unlicensed),
+    )
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    from agent.commands import learn
+
+    return learn.learn(
+        _config(arguments), tuple(arguments.dirs), arguments.output, arguments.version, as_json=arguments.json
     )
 
 

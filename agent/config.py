@@ -168,13 +168,7 @@ class Topology(Struct, frozen=True, kw_only=True):
 class Packs(Struct, frozen=True, kw_only=True):
     dirs: tuple[Directory, ...] = ()
     disable: tuple[Name, ...] = ()  # names of packs
-    generic: bool = False  # the pack `service` for live incidents too
-
-    @property
-    def disabled_live(self) -> tuple[str, ...]:
-        """What a running service leaves out. The generic causes of `service` know no exporter and no remedy; as long as
-        they are not calibrated against the specific packs they would hide a cause that has one."""
-        return self.disable if self.generic or "service" in self.disable else (*self.disable, "service")
+    model: File | None = None  # learned tables (`alertmedic learn`) in the place of the shipped ones
 
 
 class Actions(Struct, frozen=True, kw_only=True):

@@ -7,11 +7,10 @@ here, and only compared. Never changes anything.
 
 One directory an incident: a recording (`agent.sources.recorded`) and `expected.json`:
 
-    {"verdict": "ranked", "ranking": [{"service": "orders", "cause": "process.memory_leak"}], "live": true}
+    {"verdict": "ranked", "ranking": [{"service": "orders", "cause": "process.memory_leak"}]}
 
 * verdict: `ranked` or `insufficient_evidence`.
 * ranking: the first places, in order; of each its `service` and, where that matters, `cause` or `fault`.
-* live: weighed with the packs that a running service uses where nothing is configured, instead of with all of them.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     verdict: Literal["ranked", "insufficient_evidence"]
     ranking: tuple[Place, ...] = ()
-    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +104,19 @@ def read(directory: Path) -> Golden:
     return Golden(directory, expected, read_recording(directory))
 
 
-def judge(golden: Golden, packs: PackSet, live: PackSet) -> Outcome:
-    """Diagnoses the incident and compares. `packs` are all of them, `live` those of a running service."""
+def judge(golden: Golden, packs: PackSet) -> Outcome:
+    """Diagnoses the incident and compares."""
     places = len(golden.expected.ranking)
-    diagnosis = diagnose(golden.situation, live if golden.expected.live else packs, max(TOP, places))
+    diagnosis = diagnose(golden.situation, packs, max(TOP, places))
     return Outcome(golden.name, golden.directory, difference(golden.expected, diagnosis))
 
 
-def judge_all(directories: Sequence[Path], packs: PackSet, live: PackSet) -> tuple[Outcome, ...]:
+def judge_all(directories: Sequence[Path], packs: PackSet) -> tuple[Outcome, ...]:
     """Every golden incident under the directories; one that cannot be read is a fault of its own."""
     outcomes = []
     for directory in find(directories):
         try:
-            outcomes.append(judge(read(directory), packs, live))
+            outcomes.append(judge(read(directory), packs))
         except RecordingError as error:
             outcomes.append(Outcome(directory.name, directory, str(error)))
     return tuple(outcomes)

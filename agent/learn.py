@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,10 +41,7 @@ def learn(
 ) -> LearnedModel:
     """The model of all cases: all of them are learned from, so give licensed ones. Raises LearnError and
     RecordingError."""
-    try:
-        import pgmpy  # noqa: F401
-    except ImportError as error:
-        raise LearnError("learn: pgmpy is not installed; install the extra: pip install 'alertmedic[learn]'") from error
+    _library()
     counts: Counts = Counts()
     fault_free = 0
     for case in cases:
@@ -61,22 +61,18 @@ def learn(
 
 def estimated(seen: Table, given: Mapping[State, float], otherwise: Mapping[State, float]) -> Table:
     """One table by pgmpy: the network cause -> column, its Dirichlet prior and the counts as weighted data."""
-    import pandas
-    from pgmpy.models import DiscreteBayesianNetwork
-    from pgmpy.parameter_estimator import DiscreteBayesianEstimator
-
+    library = _library()
     states, sides = list(seen), ["cause", "else"]
     rows = [(side, state, seen[state][i]) for state in states for i, side in enumerate(sides)]
     prior = [[given[s], otherwise[s]] for s in states]
-    estimator = DiscreteBayesianEstimator(
+    estimator = library.Estimator(
         state_names={"is": sides, "column": states},
         prior_type="dirichlet",
         pseudo_counts={"is": [[1.0], [1.0]], "column": prior},
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pandas' and pgmpy's announcements of what will change
-        network = DiscreteBayesianNetwork([("is", "column")]).fit(
-            pandas.DataFrame([row[:2] for row in rows], columns=["is", "column"]),
+    with _unwarned():
+        network = library.Network([("is", "column")]).fit(
+            library.DataFrame([row[:2] for row in rows], columns=["is", "column"]),
             estimator=estimator,
             sample_weight=[row[2] for row in rows],
         )
@@ -91,15 +87,13 @@ def network_of(causes: Sequence[Cause]) -> Any:
     """The scorer's model as a Bayesian network: one variable "what is wrong" (every candidate, or something else), and
     below it one variable for every column of every candidate, `number|column`, which is distributed as the candidate's
     table says if it is the one, and as it says of something else otherwise."""
-    from pgmpy.factors.discrete import TabularCPD
-    from pgmpy.models import DiscreteBayesianNetwork
-
+    library = _library()
     odds = [1.0, *(cause.prior / (1.0 - cause.prior) for cause in causes)]
     names = [_ELSE, *map(str, range(len(causes)))]
     share = [[o / sum(odds)] for o in odds]
-    network = DiscreteBayesianNetwork()
+    network = library.Network()
     network.add_node("wrong")
-    network.add_cpds(TabularCPD("wrong", len(names), share, state_names={"wrong": names}))
+    network.add_cpds(library.Table("wrong", len(names), share, state_names={"wrong": names}))
     for i, cause in enumerate(causes):
         for line in cause.evidence:
             variable, states = f"{i}|{line.column}", [*line.states]
@@ -109,7 +103,7 @@ def network_of(causes: Sequence[Cause]) -> Any:
             rest = [max(1.0 - sum(row[k] for row in rows), 0.0) for k in range(len(names))]
             network.add_edge("wrong", variable)
             network.add_cpds(
-                TabularCPD(
+                library.Table(
                     variable,
                     len(states) + 1,
                     [*rows, rest],
@@ -124,13 +118,10 @@ def network_of(causes: Sequence[Cause]) -> Any:
 def exact(causes: Sequence[Cause], states: Sequence[Mapping[str, State]]) -> list[float]:
     """P(candidate | evidence) of every candidate by pgmpy's variable elimination. `states`: by candidate and column;
     what is not in it is missing."""
-    from pgmpy.inference import VariableElimination
-
     network = network_of(causes)
     evidence = {f"{i}|{column}": state for i, of in enumerate(states) for column, state in of.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        answer = VariableElimination(network).query(["wrong"], evidence=evidence, show_progress=False)
+    with _unwarned():
+        answer = _library().Elimination(network).query(["wrong"], evidence=evidence, show_progress=False)
     at = {name: k for k, name in enumerate(answer.state_names["wrong"])}
     values = np.asarray(answer.values)
     return [float(values[at[str(i)]]) for i in range(len(causes))]
@@ -146,6 +137,35 @@ def compiled(model: Model, names: Sequence[str], states: Sequence[Mapping[str, S
             index[i, column[name]] = STATE_INDEX[state]
     log_odds = model.prior[rows] + model.contributions(rows, index).sum(axis=1)
     return [float(p) for p in posteriors(log_odds)]
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without pandas' and pgmpy's announcements of what will change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@lru_cache(maxsize=1)
+def _library() -> SimpleNamespace:
+    """What of pgmpy is used. Raises LearnError if it is not there."""
+    try:
+        with _unwarned():
+            from pandas import DataFrame
+            from pgmpy.factors.discrete import TabularCPD
+            from pgmpy.inference import VariableElimination
+            from pgmpy.models import DiscreteBayesianNetwork
+            from pgmpy.parameter_estimator import DiscreteBayesianEstimator
+    except ImportError as error:
+        raise LearnError("learn: pgmpy is not installed; install the extra: pip install 'alertmedic[learn]'") from error
+    return SimpleNamespace(
+        DataFrame=DataFrame,
+        Table=TabularCPD,
+        Elimination=VariableElimination,
+        Network=DiscreteBayesianNetwork,
+        Estimator=DiscreteBayesianEstimator,
+    )
 
 
 def disagreement(packs: PackSet, names: Collection[str], seed: int = 0) -> float:

@@ -18,6 +18,7 @@ from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Mod
 from rules.derived import derived_findings
 from rules.engine import Matcher, graph_of, records_of
 from rules.evidence import NOTHING, Observation, Observer, clean, describe, describe_fact
+from rules.explaining import Explained, explained
 from rules.features import findings_of
 from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
 from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
@@ -35,6 +36,7 @@ _FACT_WORDS = {
     "cpu_percent": "group_cpu_percent",
     "mountpoint": "mount",
 }
+_NO_EVIDENCE = frozenset({"rules", "prior", "effects"})  # contributions that are no look at the candidate itself
 _WORD = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -49,6 +51,7 @@ class Candidate:
     log_odds: float
     posterior: float
     parts: FloatArray  # log ratios by column of the model
+    explains: Explained | None = None  # what it accounts for of generic causes; in `log_odds`
 
 
 def diagnose(situation: Situation, packs: PackSet, limit: int = TOP) -> Diagnosis:
@@ -125,8 +128,13 @@ def _weighed(
     parts = model.contributions(rows, _states(observer, model, pairs))
     boosts = np.array([_boost(packs, supports.get((s, model.causes[r]), ())) for s, r in pairs])
     symptom = SYMPTOM_ABSENT if observer.symptom().state == "absent" else 0.0
-    log_odds = model.prior[rows] + symptom + boosts + parts.sum(axis=1)
-    chosen = np.flatnonzero(((parts > 0) & model.needs[rows]).any(axis=1) | (boosts > 0))
+    speaking = ((parts > 0) & model.needs[rows]).any(axis=1) | (boosts > 0)
+    evidence = parts.sum(axis=1)
+    named = [(service, model.causes[row]) for service, row in pairs]
+    explains = explained(observer, named, evidence.tolist(), speaking.tolist())
+    gains = np.array([explains[i].nats if i in explains else 0.0 for i in range(len(pairs))])
+    log_odds = model.prior[rows] + symptom + boosts + evidence + gains
+    chosen = np.flatnonzero(speaking)
     weights = posteriors(log_odds[chosen])
     candidates: list[Candidate] = []
     for i, posterior in zip(chosen.tolist(), weights.tolist(), strict=True):
@@ -141,6 +149,7 @@ def _weighed(
                 log_odds=float(log_odds[i]),
                 posterior=posterior,
                 parts=parts[i],
+                explains=explains.get(i),
             )
         )
     mass: dict[str, float] = {}
@@ -183,6 +192,10 @@ def contributions_of(candidate: Candidate, observer: Observer) -> tuple[Contribu
         titles = "; ".join(packs.rules[r].title for r in candidate.rules)
         boost = _boost(packs, candidate.rules)
         found.append(Contribution(evidence="rules", state="fired", log_odds=boost, text=titles))
+    if candidate.explains is not None:
+        effects = "; ".join(f"{packs.causes[c].title} ({s})" for s, c in candidate.explains.effects[:3])
+        text = f"it would account for what else is seen: {effects}"
+        found.append(Contribution(evidence="effects", state="explained", log_odds=candidate.explains.nats, text=text))
     if observer.symptom().state == "absent":
         text = f"nothing is wrong at {observer.graph.entry} itself"
         found.append(Contribution(evidence="symptom", state="absent", log_odds=SYMPTOM_ABSENT, text=text))
@@ -278,7 +291,7 @@ def _words(
         "entry": observer.graph.entry or "the alert",
         "path": " -> ".join(candidate.path),
         "posterior": f"{candidate.posterior * 100:.0f} %",
-        "evidence": "; ".join(c.text for c in contributions if c.log_odds > 0 and c.evidence not in ("rules", "prior")),
+        "evidence": "; ".join(c.text for c in contributions if c.log_odds > 0 and c.evidence not in _NO_EVIDENCE),
     }
     for line in cause.evidence:
         seen = observer.observe(candidate.service, line.group, line.at)

@@ -87,7 +87,7 @@ def candidates(observer: Observer, service: str | None, fault: str) -> Iterator[
     """Every (cause, service) that an incident could have been, and whether it was."""
     for name, cause in observer.packs.causes.items():
         for at in observer.graph.paths:
-            if observer.graph.kind(at) in cause.kinds:
+            if cause.fits(observer.graph.kind(at)):
                 yield name, at, at == service and cause.fault == fault
 
 
@@ -118,12 +118,8 @@ def learned(
         cause = packs.causes[name]
         tables, seen = {}, {}
         for line in cause.evidence:
-            column: Table = {
-                s: (float(counts[name, line.column, s, True]), float(counts[name, line.column, s, False]))
-                for s in line.states
-            }
-            seen[line.column] = column
-            tables[line.column] = _bounded(estimate(column, *pseudo_counts(name, cause, line, counts)))
+            column = seen[line.column] = _seen(packs, counts, causes, name, line)
+            tables[line.column] = _monotone(_bounded(estimate(column, *pseudo_counts(cause, line, column))))
         found[name] = LearnedCause(tables=tables, counts=seen)
     return LearnedModel(
         format=FORMAT,
@@ -183,6 +179,23 @@ def parse_model(body: bytes, where: str) -> LearnedModel:
     return model
 
 
+def _seen(packs: PackSet, counts: Counts, causes: Collection[str], name: str, line: Likelihood) -> Table:
+    """How often each state was seen at the cause and elsewhere. Causes that are defined by the same columns share what
+    these show, since they are told apart by the others alone: an incident of either counts for both."""
+    cause = packs.causes[name]
+    alike = [
+        other
+        for other in causes
+        if other != name and line.column in cause.needs and set(packs.causes[other].needs) == set(cause.needs)
+    ]
+    found: Table = {}
+    for s in line.states:
+        shared = sum(counts[other, line.column, s, True] for other in alike)
+        at_cause, elsewhere = counts[name, line.column, s, True], counts[name, line.column, s, False]
+        found[s] = (float(at_cause + shared), float(max(elsewhere - shared, 0)))
+    return found
+
+
 def role_of(cause: Cause, line: Likelihood) -> Role:
     """What a column is for a cause. Of the pack's figures only their order counts."""
     if line.column in cause.needs:
@@ -193,32 +206,48 @@ def role_of(cause: Cause, line: Likelihood) -> Role:
     return "supporting" if given > otherwise else "against"
 
 
-def pseudo_counts(
-    name: str, cause: Cause, line: Likelihood, counts: Counts
-) -> tuple[dict[State, float], dict[State, float]]:
+def pseudo_counts(cause: Cause, line: Likelihood, seen: Table) -> tuple[dict[State, float], dict[State, float]]:
     """The Dirichlet prior of a column: imagined observations by state, at the cause and elsewhere."""
-    role, states = role_of(cause, line), tuple(line.states)
+    role = role_of(cause, line)
     given, otherwise = (
-        _normal({s: dict(zip(_STATES, side, strict=True)).get(s, _RARE) for s in states}) for side in _PRIORS[role]
+        _normal({s: dict(zip(_STATES, side, strict=True)).get(s, _RARE) for s in line.states}) for side in _PRIORS[role]
     )
     if role not in ("defining", "one of several"):
-        elsewhere = _posterior(
-            {s: float(counts[name, line.column, s, False]) for s in states}, otherwise, IMAGINED_OTHERWISE
-        )
-        given = _normal({s: elsewhere[s] * given[s] / otherwise[s] for s in states})
+        background = _normal({s: seen[s][1] + IMAGINED_OTHERWISE * otherwise[s] for s in seen})
+        given = _normal({s: background[s] * given[s] / otherwise[s] for s in seen})
     return (
         {s: IMAGINED_GIVEN * p for s, p in given.items()},
         {s: IMAGINED_OTHERWISE * p for s, p in otherwise.items()},
     )
 
 
-def _posterior(seen: Mapping[State, float], prior: Mapping[State, float], imagined: float) -> dict[State, float]:
-    return _normal({s: seen[s] + imagined * prior[s] for s in seen})
-
-
 def _normal(weights: Mapping[State, float]) -> dict[State, float]:
     whole = math.fsum(weights.values())
     return {s: w / whole for s, w in weights.items()}
+
+
+def _monotone(table: Table) -> Table:
+    """A stronger change never says less than a weaker one: where few incidents have it otherwise, neighbouring states
+    share one ratio (pool adjacent violators, from absent over weak to strong)."""
+    order = [s for s in reversed(_STATES) if s in table]
+    rising = "strong" not in table or table["strong"][0] >= table["strong"][1]
+    pools: list[list[State]] = []
+    for state in order:
+        pools.append([state])
+        while len(pools) > 1 and _ratio(table, pools[-1]) != _ratio(table, pools[-2]):
+            if (_ratio(table, pools[-1]) > _ratio(table, pools[-2])) == rising:
+                break
+            last = pools.pop()
+            pools[-1] += last
+    pooled = dict(table)
+    for pool in (p for p in pools if len(p) > 1):
+        ratio = _ratio(table, pool)
+        pooled |= {s: (ratio * table[s][1], table[s][1]) for s in pool}
+    return pooled
+
+
+def _ratio(table: Table, states: Collection[State]) -> float:
+    return math.fsum(table[s][0] for s in states) / math.fsum(table[s][1] for s in states)
 
 
 def _bounded(table: Table) -> Table:

@@ -164,7 +164,8 @@ class Cause(_Strict, frozen=True, kw_only=True):
     evidence, given that something is wrong (of a cause that alerts name: given the alert). `needs` are its defining
     evidence columns: unless one of them (or a rule) speaks for it, it is no candidate. The kind `any` fits every node.
     No proposals: there is no safe remedy, so the incident is escalated; `no_remedy` says why (`packs lint` asks for
-    it)."""
+    it). A `generic` cause says what is seen of a service and not why: specific ones account for it (see
+    `rules.explaining`)."""
 
     title: str
     fault: str
@@ -176,6 +177,7 @@ class Cause(_Strict, frozen=True, kw_only=True):
     proposals: tuple[ProposalTemplate, ...] = ()
     no_remedy: str = ""
     runbook: str = ""
+    generic: bool = False
 
     def fits(self, kind: str) -> bool:
         """Whether it may be a cause at a node of that kind."""

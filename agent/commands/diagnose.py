@@ -25,7 +25,7 @@ def diagnose(config: Config, recordings: tuple[Path, ...], limit: int, *, as_jso
     from rules.diagnose import TOP
     from rules.diagnose import diagnose as diagnosed
 
-    packs = load_packs(config.packs.dirs, config.packs.disable)
+    packs = load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
     answers: list[dict[str, Any]] = []
     for path in recordings:
         try:
@@ -76,7 +76,7 @@ def evaluate(
     from agent.packs import load_packs
     from agent.sources.recorded import RecordingError
 
-    packs = load_packs(config.packs.dirs, config.packs.disable)
+    packs = load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     try:

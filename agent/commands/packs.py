@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 INDENT = "  "
 
 
-def load(config: Config, disable: Sequence[str]) -> PackSet:
+def load(config: Config) -> PackSet:
     """Raises CommandError whose text has one fault a line."""
     from agent.packs import load_packs
     from rules.packs import PackError
 
     try:
-        return load_packs(config.packs.dirs, disable)
+        return load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
     except PackError as error:
         raise CommandError("\n".join(map(str, error.faults)), "docs/packs.md") from error
     except OSError as error:
@@ -38,7 +38,7 @@ def load(config: Config, disable: Sequence[str]) -> PackSet:
 
 def list_causes(config: Config, *, as_json: bool) -> Exit:
     """The causes that are known, with the pack they come from."""
-    found = load(config, config.packs.disable)
+    found = load(config)
     causes = [
         {"cause": name, "pack": pack.pack, "fault": cause.fault, "title": cause.title}
         for pack in found.packs
@@ -55,7 +55,7 @@ def list_causes(config: Config, *, as_json: bool) -> Exit:
 
 def show(config: Config, name: str, *, as_json: bool) -> Exit:
     """One cause: its evidence with what each state says, its rules and what it proposes; or one pack."""
-    found = load(config, config.packs.disable)
+    found = load(config)
     pack = next((p for p in found.packs if p.pack == name), None)
     if pack is not None:
         if as_json:
@@ -128,8 +128,7 @@ def test(config: Config, dirs: tuple[Path, ...], *, as_json: bool) -> Exit:
     faults = _faults(config, dirs)
     outcomes: tuple[Outcome, ...] = ()
     if not faults:
-        packs, live = load(given, given.packs.disable), load(given, given.packs.disabled_live)
-        outcomes = golden.judge_all([golden.shipped(), *(d / "golden" for d in given.packs.dirs)], packs, live)
+        outcomes = golden.judge_all([golden.shipped(), *(d / "golden" for d in given.packs.dirs)], load(given))
     failed = [o for o in outcomes if o.fault]
     if as_json:
         golden_json = [{"name": o.name, "passed": not o.fault, "reason": o.fault} for o in outcomes]

@@ -125,8 +125,7 @@ def test_faults_of_several_files_come_together(tmp_path: Path) -> None:
 
 class TestGolden:
     def test_the_shipped_ones_come_out_as_expected(self) -> None:
-        packs, live = load_packs(), load_packs(disable=["service"])
-        outcomes = golden.judge_all([golden.shipped()], packs, live)
+        outcomes = golden.judge_all([golden.shipped()], load_packs())
         assert len(outcomes) >= 9
         assert [o for o in outcomes if o.fault] == []
 
@@ -155,13 +154,13 @@ class TestGolden:
     def test_what_differs_is_said(self, tmp_path: Path, packs: PackSet, expected: dict[str, Any], said: str) -> None:
         shutil.copytree(golden.shipped() / "onlineboutique-cpu", tmp_path / "mine")
         (tmp_path / "mine" / "expected.json").write_text(json.dumps(expected))
-        (outcome,) = golden.judge_all([tmp_path], packs, packs)
+        (outcome,) = golden.judge_all([tmp_path], packs)
         assert said in outcome.fault
 
     def test_a_broken_recording_is_a_fault_of_its_own(self, tmp_path: Path, packs: PackSet) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "expected.json").write_text('{"verdict": "insufficient_evidence"}')
-        (outcome,) = golden.judge_all([tmp_path], packs, packs)
+        (outcome,) = golden.judge_all([tmp_path], packs)
         assert "alert.json" in outcome.fault
         with pytest.raises(RecordingError):
             golden.read(tmp_path / "mine")
