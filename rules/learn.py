@@ -84,8 +84,11 @@ def count(observer: Observer, service: str | None, fault: str) -> Counts:
 
 
 def candidates(observer: Observer, service: str | None, fault: str) -> Iterator[tuple[str, str, bool]]:
-    """Every (cause, service) that an incident could have been, and whether it was."""
-    for name, cause in observer.packs.causes.items():
+    """Every (cause, service) that an incident could have been, and whether it was. Causes of certain alerts, and those
+    of last resort, are no part of it."""
+    packs = observer.packs
+    for name in sorted(packs.causes.keys() - packs.alert_causes - packs.fallback_causes):
+        cause = packs.causes[name]
         for at in observer.graph.paths:
             if cause.fits(observer.graph.kind(at)):
                 yield name, at, at == service and cause.fault == fault
