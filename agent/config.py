@@ -299,6 +299,9 @@ class Investigate(Struct, frozen=True, kw_only=True):
     rounds: Annotated[int, Meta(ge=1, le=100)] = 3  # looks at the evidence while it is insufficient
     round_seconds: Seconds = 30.0
     recordings: Directory | None = None  # every look is kept here as a recording
+    max_queries: Annotated[int, Meta(ge=1, le=10_000)] = 400  # of one look; what is over is missing evidence
+    max_series: Annotated[int, Meta(ge=1, le=1_000_000)] = 20_000
+    max_samples: Annotated[int, Meta(ge=1, le=100_000_000)] = 8_000_000  # series times points
 
 
 class Otlp(Struct, frozen=True, kw_only=True):

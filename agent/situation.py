@@ -16,7 +16,7 @@ from agent.config import Config
 from agent.expressions import Expressions, Told
 from agent.fold_model import Incident
 from agent.fold_state import State
-from agent.sources import EvidenceRequest, Source, bounded, gather
+from agent.sources import Budget, EvidenceRequest, Source, bounded, gather
 from rules.expression import ExpressionError, read
 from rules.model import Alert, Evidence, Fact, Situation, Topology
 from rules.packs import PackSet
@@ -162,7 +162,9 @@ class Situations:
             tenant=about.tenant,
             alerts=tuple(dict(alert.labels) for alert in about.alerts),
         )
-        evidence = await gather(self.sources, request, prometheus.timeout_seconds)
+        limits = self.config.investigate
+        budget = Budget(limits.max_queries, limits.max_series, limits.max_samples)
+        evidence = await gather(self.sources, request, prometheus.timeout_seconds, budget)
         return (*evidence, *_expressions(about))
 
     async def _topology(self, now: float) -> Topology:

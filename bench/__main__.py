@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import journal, sandbox, startup, webhook
+from bench import journal, live, sandbox, startup, webhook
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "bench.json"
@@ -46,6 +46,7 @@ def main() -> int:
         "journal": lambda: journal.bench(18.0 * share),
         "sandbox": lambda: sandbox.bench(24.0 * share),
         "sandbox_in_user_mode_linux": lambda: _in_vm(24.0 * share),
+        "live_diagnosis": lambda: live.bench(5 if given.quick else 15),
         "startup": lambda: startup.bench(3 if given.quick else 9),
     }
     figures: dict[str, Any] = {}

@@ -146,7 +146,8 @@ class Evidence:
 
     `name` is the canonical signal (`http_error_ratio`, `host.processes`); every series of `frame` has it as its metric.
     `missing` is a reason ("timeout after 15 s", "connection refused") and then `frame` is empty; an empty frame without
-    `missing` means that the query worked and there are no such series, which is information too.
+    `missing` means that the query worked and there are no such series, which is information too. `partial` says what
+    was left out of a frame that is there ("5000 of 100000 series").
     """
 
     name: str
@@ -157,6 +158,7 @@ class Evidence:
     warnings: tuple[str, ...] = ()
     query: str = ""
     seconds: float = 0.0
+    partial: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,9 @@ class Situation:
         return tuple(f for e in self.evidence for f in e.facts if f.kind == kind)
 
     def missing(self) -> dict[str, str]:
-        return {e.name: e.missing for e in self.evidence if e.missing is not None}
+        """What did not arrive, or not all of it: name -> reason."""
+        partial = {e.name: e.partial for e in self.evidence if e.partial}
+        return partial | {e.name: e.missing for e in self.evidence if e.missing is not None}
 
 
 ParamValue = str | int | float | bool

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from rules.model import Evidence
+from rules.model import Evidence, Frame
 
 TEXT_LIMIT = 300  # characters of a foreign text (an error, a warning) that are kept
 STOP_SECONDS = 1.0  # how long a source that is late may take to notice that it was cancelled
@@ -67,6 +68,19 @@ class EvidenceRequest:
             raise ValueError(f"evidence request: window {self.start}..{self.end} step {self.step} is empty")
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much one look may take, over all of its queries and in their order. What exceeds it is missing evidence (the
+    rest of a query: partial), which the diagnosis names. Time is the deadline of `gather`."""
+
+    queries: int = 400
+    series: int = 20_000
+    samples: int = 8_000_000  # series times points: 64 MB
+
+
+UNLIMITED = Budget(sys.maxsize, sys.maxsize, sys.maxsize)
+
+
 class Source(Protocol):
     """One place to look. `fetch` gives one `Evidence` a query, in any order, and returns within `deadline_seconds` with
     whatever it has by then. It raises nothing but SourceError."""
@@ -83,8 +97,10 @@ def bounded(text: str, limit: int = TEXT_LIMIT) -> str:
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."
 
 
-async def gather(sources: Sequence[Source], request: EvidenceRequest, deadline_seconds: float) -> tuple[Evidence, ...]:
-    """Ask every source at once; one Evidence a query of the request, in its order.
+async def gather(
+    sources: Sequence[Source], request: EvidenceRequest, deadline_seconds: float, budget: Budget = UNLIMITED
+) -> tuple[Evidence, ...]:
+    """Ask every source at once; one Evidence a query of the request, in its order, within the budget.
 
     Sources get a slightly shorter deadline than this function keeps, so that one which keeps its own can hand over
     what it has; a source that is later than that, raises SourceError, leaves a query out or does not exist gives
@@ -95,7 +111,7 @@ async def gather(sources: Sequence[Source], request: EvidenceRequest, deadline_s
     if len(by_name) != len(sources):
         raise ValueError(f"gather: two sources have the same name: {sorted(s.name for s in sources)}")
     asked: dict[str, tuple[Query, ...]] = {}
-    for query in request.queries:
+    for query in request.queries[: budget.queries]:
         asked[query.source] = (*asked.get(query.source, ()), query)
     inner = deadline_seconds - min(0.5, deadline_seconds / 10)
     tasks = {
@@ -112,7 +128,34 @@ async def gather(sources: Sequence[Source], request: EvidenceRequest, deadline_s
         answers = {name: _answers(tasks[name], reasons, name) for name in finished}
     finally:
         await _stop([task for task in tasks.values() if not task.done()])
-    return tuple(_pick(query, answers.get(query.source, {}), reasons.get(query.source)) for query in request.queries)
+    found = [
+        _pick(query, answers.get(query.source, {}), reasons.get(query.source))
+        for query in request.queries[: budget.queries]
+    ]
+    over = f"not asked: a look has at most {budget.queries} queries"
+    unasked = (Evidence(q.name, q.source, missing=over, query=q.query) for q in request.queries[budget.queries :])
+    return (*_within(found, budget), *unasked)
+
+
+def _within(found: Sequence[Evidence], budget: Budget) -> list[Evidence]:
+    """The evidence as far as series and samples of all of it together stay within the budget."""
+    kept: list[Evidence] = []
+    series = samples = 0
+    for evidence in found:
+        frame = evidence.frame
+        count, points = len(frame.ids), max(1, frame.times.shape[0])
+        room = max(0, min(budget.series - series, (budget.samples - samples) // points))
+        if count > room:
+            said = f"a look takes at most {budget.series} series and {budget.samples} samples"
+            if room == 0:
+                missing = f"{count} series left out: {said}"
+                evidence = replace(evidence, frame=Frame.empty(), facts=(), missing=missing, partial="")
+            else:
+                cut = Frame(frame.times, frame.ids[:room], frame.values[:room])
+                evidence = replace(evidence, frame=cut, partial=f"{room} of {count} series: {said}")
+        series, samples = series + min(count, room), samples + min(count, room) * points
+        kept.append(evidence)
+    return kept
 
 
 def _answers(

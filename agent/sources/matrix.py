@@ -55,6 +55,7 @@ class Answered:
 
     frame: Frame
     warnings: tuple[str, ...]
+    partial: str = ""  # what was left out of the frame, "" for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def frame_of(
     each other (the first wins where both have a sample). No series: `Frame.empty()`. Raises MalformedError.
     """
     result = _result(data, "matrix")
-    notes = list(warnings)
+    notes, partial = list(warnings), ""
     try:
         found = sorted(
             ((_series(item, name, service_label), item) for item in result),
@@ -140,7 +141,7 @@ def frame_of(
         )
         limit = min(bounds.series, max(1, bounds.cells // grid.points))
         if len(found) > limit:
-            notes.append(f"{len(found)} series, only the first {limit} are kept: narrow the query")
+            partial = f"{len(found)} series, only the first {limit} are kept: narrow the query"
             found = found[:limit]
         values = np.full((len(found), grid.points), math.nan)
         kept: dict[SeriesId, int] = {}
@@ -162,8 +163,8 @@ def frame_of(
         ) from error
     notes += _notes(counts)
     if not kept:
-        return Answered(Frame.empty(), tuple(notes))
-    return Answered(Frame(grid.times(), tuple(kept), values[: len(kept)]), tuple(notes))
+        return Answered(Frame.empty(), tuple(notes), partial)
+    return Answered(Frame(grid.times(), tuple(kept), values[: len(kept)]), tuple(notes), partial)
 
 
 def samples_of(data: Any, limit: int) -> tuple[Sample, ...]:

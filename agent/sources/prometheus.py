@@ -90,7 +90,7 @@ class Prometheus:
     tenant: str = ""
     max_bytes: int = 64 * MIB  # of one answer, decompressed
     max_series: int = 5_000  # of one query
-    max_cells: int = 4_000_000  # series times points of one query: 32 MB
+    max_cells: int = 1_000_000  # series times points of one query: 8 MB
     parameters: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -177,7 +177,13 @@ class PrometheusSource:
             failed = bounded(str(error))
             return Evidence(query.name, self.name, missing=failed, query=text, seconds=loop.time() - began)
         return Evidence(
-            query.name, self.name, answer.frame, warnings=answer.warnings, query=text, seconds=loop.time() - began
+            query.name,
+            self.name,
+            answer.frame,
+            warnings=answer.warnings,
+            query=text,
+            seconds=loop.time() - began,
+            partial=answer.partial,
         )
 
     async def query_range(
@@ -194,7 +200,7 @@ class PrometheusSource:
         Every series gets the metric `name` (default: its own name, or `value` where it has none). Raises QueryError."""
         grid = Grid.over(*window)
         answer = await self._range(query, grid, name, self._due(deadline_seconds), tenant)
-        return answer.frame, answer.warnings
+        return answer.frame, (*answer.warnings, *([answer.partial] if answer.partial else []))
 
     async def _range(self, query: str, grid: Grid, name: str, due: float, tenant: str) -> Answered:
         form = {

@@ -27,6 +27,7 @@ import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -45,6 +46,7 @@ MAX_CSV_BYTES = 512 * 1024 * 1024  # of series.csv, unpacked
 MAX_JSON_BYTES = 64 * 1024 * 1024
 SERIES = re.compile(r"(?P<metric>[^{}\s\"]+)(?:\{(?P<labels>.*)\})?", re.DOTALL)
 LABEL = re.compile(r'([^={},"\s]+)="((?:[^"\\]|\\.)*)"(,|\Z)', re.DOTALL)
+BYTE = re.compile(r"\(byte (\d+)\)")
 ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 UNESCAPED = {"n": "\n", '"': '"', "\\": "\\"}
 
@@ -65,6 +67,7 @@ class _Piece(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     columns: tuple[int, ...] = ()
     rows: tuple[int, ...] | None = None
     missing: str | None = None
+    partial: str = ""
 
 
 class _Meta(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,19 +203,27 @@ def _read_series(path: Path) -> tuple[FloatArray, tuple[SeriesId, ...], FloatArr
         if len(body) > MAX_CSV_BYTES:
             raise RecordingError(f"{path}: more than {MAX_CSV_BYTES} bytes unpacked")
         rows = csv.reader(io.StringIO(body.decode(), newline=""), strict=True)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise RecordingError(f"{path}: {bounded(str(error))}") from error
+    table: list[list[float]] = []
+    lines: list[int] = []
+    try:
         header = next(rows, [])
         if header[:1] != ["time"]:
-            raise RecordingError(f"{path}: the first column is not `time`")
+            raise ValueError("the first column is not `time`")
         ids = tuple(parse_series(name) for name in header[1:])
-        table = [[float(cell) if cell else math.nan for cell in row] for row in rows]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise RecordingError(f"{path}: {bounded(str(error))}") from error
-    if any(len(row) != len(header) for row in table):
-        raise RecordingError(f"{path}: a row has not {len(header)} columns")
+        for row in rows:
+            if len(row) != len(header):
+                raise ValueError(f"a row of {len(row)} columns where {len(header)} are named")
+            table.append([float(cell) if cell else math.nan for cell in row])
+            lines.append(rows.line_num)
+    except (csv.Error, ValueError) as error:
+        raise RecordingError(f"{path}, line {max(1, rows.line_num)}: {bounded(str(error))}") from error
     whole = np.asarray(table, dtype=np.float64).reshape(len(table), len(header))
     times = whole[:, 0].copy()
-    if not np.all(np.isfinite(times)) or np.any(np.diff(times) <= 0):
-        raise RecordingError(f"{path}: times do not ascend")
+    wrong = np.flatnonzero(~np.isfinite(times) | (np.diff(times, prepend=-math.inf) <= 0))
+    if wrong.size:
+        raise RecordingError(f"{path}, line {lines[int(wrong[0])]}: times do not ascend")
     values = np.ascontiguousarray(whole[:, 1:].T)
     values[np.isinf(values)] = math.nan  # as the live source does
     return times, ids, values
@@ -311,6 +322,7 @@ def _piece(
         warnings=piece.warnings,
         query=piece.query,
         seconds=piece.seconds,
+        partial=piece.partial,
     )
 
 
@@ -333,10 +345,17 @@ def _json(path: Path, kind: Any) -> Any:
     """The file as `kind`, None if there is none. Raises RecordingError."""
     if not path.exists():
         return None
+    body = _body(path)
     try:
-        return msgspec.json.decode(_body(path), type=kind)
-    except msgspec.MsgspecError as error:
-        raise RecordingError(f"{path}: {bounded(str(error))}") from error
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RecordingError(f"{path}{_line_of(error, body)}: {bounded(str(error))}") from error
+
+
+def _line_of(error: Exception, body: bytes) -> str:
+    """`, line 3` where the error tells a byte of the body; errors of shape tell the path instead."""
+    at = BYTE.search(str(error))
+    return f", line {1 + body[: int(at[1])].count(10)}" if at else ""
 
 
 # -- writing
@@ -419,6 +438,7 @@ class _Table:
                     columns=tuple(range(first, len(columns))),
                     rows=tuple(int(r) for r in rows) if own else None,
                     missing=e.missing,
+                    partial=e.partial,
                 )
             )
         return cls(times, tuple(pieces), tuple(columns))

@@ -6,13 +6,14 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources_world import Query
 
-from agent.sources import EvidenceRequest, SourceError, bounded, gather
-from rules.model import Evidence
+from agent.sources import Budget, EvidenceRequest, SourceError, bounded, gather
+from rules.model import Evidence, Frame, SeriesId
 
 Answer = Callable[[EvidenceRequest], Awaitable[tuple[Evidence, ...]]]
 
@@ -177,3 +178,42 @@ def test_foreign_text_is_bounded_and_printable(text: str, limit: int) -> None:
     assert len(kept) <= limit
     assert kept.isprintable()
     assert bounded(kept, limit) == kept
+
+
+def wide(name: str, series: int, points: int = 4) -> Evidence:
+    ids = tuple(SeriesId.of(name, {"service": f"s{i:06d}"}) for i in range(series))
+    return Evidence(name, "a", Frame(np.arange(float(points)), ids, np.ones((series, points))))
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=8),
+    queries=st.integers(1, 9),
+    series=st.integers(1, 30),
+    samples=st.integers(1, 60),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_budget_holds_and_what_is_over_is_named(
+    sizes: list[tuple[int, int]], queries: int, series: int, samples: int
+) -> None:
+    class Wide:
+        name = "a"
+
+        async def fetch(self, request: EvidenceRequest, deadline_seconds: float) -> tuple[Evidence, ...]:
+            assert len(request.queries) <= queries
+            return tuple(wide(q.name, *sizes[int(q.name[1:])]) for q in request.queries)
+
+    asked = tuple(Query(f"q{i}", "", "a") for i in range(len(sizes)))
+    request = EvidenceRequest(asked, ("front",), 0.0, 60.0)
+    found = asyncio.run(gather([Wide()], request, 5.0, Budget(queries, series, samples)))
+    assert [e.name for e in found] == [q.name for q in asked]
+    assert sum(len(e.frame.ids) for e in found) <= series
+    assert sum(e.frame.values.size for e in found) <= samples
+    for i, (evidence, (count, _)) in enumerate(zip(found, sizes, strict=True)):
+        whole = len(evidence.frame.ids) == count
+        if i >= queries:
+            assert evidence.missing == f"not asked: a look has at most {queries} queries"
+        elif not evidence.frame.ids and count:
+            assert "left out: a look takes at most" in (evidence.missing or "")
+        else:
+            assert evidence.missing is None
+            assert whole == (evidence.partial == "")

@@ -128,7 +128,7 @@ async def test_more_series_than_allowed_are_left_out_and_said(prometheus: Server
     async with PrometheusSource(Prometheus(url=prometheus.url, max_cells=30)) as source:
         cells = await one(source, "wide", **asked)
     assert [i.service for i in bounded.frame.ids] == [f"s{i:04d}" for i in range(100)]
-    assert bounded.warnings == ("600 series, only the first 100 are kept: narrow the query",)
+    assert bounded.partial == "600 series, only the first 100 are kept: narrow the query"
     assert len(cells.frame.ids) == 30 // len(cells.frame.times)
 
 

@@ -61,6 +61,7 @@ EVIDENCE = st.builds(
     warnings=st.lists(TEXT, max_size=2).map(tuple),
     query=TEXT,
     seconds=FINITE,
+    partial=TEXT,
 ) | st.builds(Evidence, name=METRIC, source=WORD, missing=TEXT, query=TEXT)
 
 
@@ -125,7 +126,7 @@ def plain(situation: Situation) -> dict[str, Any]:
         "head": (situation.entry, situation.onset, situation.until, situation.quiet, situation.topology),
         "evidence": [
             (
-                *(e.name, e.source, e.missing, e.warnings, e.query, e.seconds, frame(e.frame)),
+                *(e.name, e.source, e.missing, e.partial, e.warnings, e.query, e.seconds, frame(e.frame)),
                 [(f.kind, f.subject, f.service, {k: (type(v), v) for k, v in f.attributes.items()}) for f in e.facts],
             )
             for e in situation.evidence
@@ -244,6 +245,27 @@ BROKEN: dict[str, tuple[str, bytes]] = {
     "another version": ("situation.json", b'{"version": 2}'),
     "changes of another kind": ("facts.json", b'[{"kind": 1}]'),
 }
+
+
+@pytest.mark.parametrize(
+    ("file", "body", "said"),
+    [
+        ("series.csv.gz", gzip.compress(b"time,a\n1,2\n2,x\n"), "series.csv.gz, line 3: could not convert"),
+        ("series.csv.gz", gzip.compress(b"time,a\n1,2\n2,3\n3\n"), "line 4: a row of 1 columns where 2 are named"),
+        ("series.csv.gz", gzip.compress(b'time,"a\nb",c\n1,2,3\n2,2,3\n1,2,3\n'), "line 2: .*no series"),
+        ("series.csv.gz", gzip.compress(b"time,a\n1,2\n3,2\n2,3\n"), "line 4: times do not ascend"),
+        ("topology.json", b'{\n "edges": [\n  ["a", "b"],,\n ]}', "topology.json, line 3: "),
+        ("topology.json", b'{\n "edges": [\n  ["a"]]}', r"topology.json: .*\$.edges"),
+        ("topology.json", b'{"edges": [["a", "\xff"]]}', "topology.json"),
+        ("situation.json", b'{"version": 1}', "situation.json: .*missing required field"),
+    ],
+    ids=range(8),
+)
+def test_a_broken_file_is_named_with_line_and_reason(tmp_path: Path, file: str, body: bytes, said: str) -> None:
+    write_recording(tmp_path, small())
+    (tmp_path / file).write_bytes(body)
+    with pytest.raises(RecordingError, match=said):
+        read_recording(tmp_path)
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from whole_world import NoHost, Whole, configuration
+from whole_world import NoHost, Program, Shop, Whole, configuration
 
 from agent.app import prometheus_of
 from agent.sources.prometheus import PrometheusSource
 from bench import backfill
-
-Program = Callable[[str, str], str]
-
-
-@dataclass(frozen=True)
-class Shop:
-    past: backfill.Past
-    url: str
-    data: Path
 
 
 @pytest.fixture(scope="session")

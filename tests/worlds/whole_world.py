@@ -3,7 +3,7 @@ place), and a clock that stands at the end of that past."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,17 @@ from agent.topology import load_topology
 from bench.backfill import EDGES, Past
 from rules.model import Alert, Evidence
 from rules.packs import PackSet
+
+Program = Callable[[str, str], str]
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A server over a known past, and the directory of its blocks."""
+
+    past: Past
+    url: str
+    data: Path
 
 
 class NoHost:
