@@ -179,7 +179,7 @@ async def test_a_query_that_cannot_be_filled_is_missing_and_the_others_are_not(p
     async with PrometheusSource(Prometheus(url=prometheus.url)) as source:
         asked = request_of(Query("a", "up{$services}"), Query("b", "vector(1)"), Query("c", "up{$scope}"), services=())
         a, b, c = await source.fetch(asked, 20.0)
-    assert a.missing == "unknown variable $services: a query knows $service, $scope and $rate"
+    assert a.missing == "unknown variable $services: a query knows $service, $scope, $alert(...) and $rate"
     assert b.missing is None
     assert b.frame.values[0].tolist() == [1.0] * 121
     assert c.missing is not None
