@@ -155,7 +155,11 @@ def _weighed(
     mass: dict[str, float] = {}
     for candidate in sorted(candidates, key=lambda c: (c.posterior, c.cause)):  # in order of size: names change no bit
         mass[candidate.service] = mass.get(candidate.service, 0.0) + candidate.posterior
-    changes = {s: math.fsum(f.z for f in observer.findings if f.service == s and f.bad) for s in graph.paths}
+    deviations: dict[str, list[float]] = {}
+    for finding in observer.findings:
+        if finding.bad:
+            deviations.setdefault(finding.service, []).append(finding.z)
+    changes = {s: math.fsum(deviations.get(s, ())) for s in graph.paths}
     return tuple(
         sorted(
             candidates,

@@ -62,7 +62,11 @@ def graph_of(situation: Situation, packs: PackSet, findings: Sequence[Finding]) 
     speaking = {f.service for f in findings if f.service}
     nodes = {s for edge in edges for s in edge} | set(situation.topology.kinds) | speaking
     nodes |= {situation.entry} - {""}
-    kinds = {s: kind_of(s) or _kind(s, situation, packs, findings, speaking) for s in nodes}
+    implied: dict[str, str] = {}
+    for finding in findings:
+        if kind := packs.signals[finding.signal].implies:
+            implied.setdefault(finding.service, kind)
+    kinds = {s: kind_of(s) or _kind(s, situation, implied, speaking) for s in nodes}
     if situation.entry and any(caller == situation.entry for caller, _ in edges):  # else it reaches everything anyway
         edges |= {(situation.entry, s) for s in nodes if kind_of(s) and s != situation.entry}
     host = _local_host(edges, kinds, facts)
@@ -205,7 +209,7 @@ def _join(bindings: list[dict[str, Scalar]], pattern: _Compiled, selected: list[
     bound = set(bindings[0])
     shared = [(f, v) for f, v in pattern.variables if v in bound]
     fresh = [(f, v) for f, v in pattern.variables if v not in bound]
-    index: dict[tuple[Scalar | None, ...], list[dict[str, Scalar]]] = {}
+    index: dict[tuple[Scalar | None, ...], dict[tuple[Scalar, ...], dict[str, Scalar]]] = {}
     for record in selected:
         extension: dict[str, Scalar] = {}
         for name, variable in fresh:
@@ -213,25 +217,23 @@ def _join(bindings: list[dict[str, Scalar]], pattern: _Compiled, selected: list[
             if value is None or extension.setdefault(variable, value) != value:
                 break
         else:
-            extensions = index.setdefault(tuple(record.get(f) for f, _ in shared), [])
-            if extension not in extensions:
-                extensions.append(extension)
+            extensions = index.setdefault(tuple(record.get(f) for f, _ in shared), {})
+            extensions.setdefault(tuple(extension.values()), extension)
     joined: list[dict[str, Scalar]] = []
     for binding in bindings:
-        for extension in index.get(tuple(binding[v] for _, v in shared), ()):
+        for extension in index.get(tuple(binding[v] for _, v in shared), {}).values():
             joined.append({**binding, **extension})
             if len(joined) >= MAX_BINDINGS:
                 return joined
     return joined
 
 
-def _kind(service: str, situation: Situation, packs: PackSet, findings: Sequence[Finding], speaking: set[str]) -> str:
+def _kind(service: str, situation: Situation, implied: Mapping[str, str], speaking: set[str]) -> str:
     """The topology's word, else what the service's own signals imply, else external if it has none, else http."""
     if service in situation.topology.kinds:
         return situation.topology.kinds[service]
-    for finding in findings:
-        if finding.service == service and packs.signals[finding.signal].implies:
-            return packs.signals[finding.signal].implies
+    if service in implied:
+        return implied[service]
     return "http" if service in speaking or service == situation.entry else "external"
 
 

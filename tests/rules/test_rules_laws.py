@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rules_world import FAULTS, ONSET, START, Shop, golden, quiet, sid, without
 
 from rules.diagnose import contributions_of, diagnose, observe, weigh
-from rules.model import Evidence, Fact, Frame, SeriesId, Situation, Topology
+from rules.model import Alert, Evidence, Fact, Frame, SeriesId, Situation, Topology
 from rules.packs import PackSet
 
 SETTINGS = settings(
@@ -258,3 +258,17 @@ def test_a_hundred_thousand_series_are_weighed(packs: PackSet) -> None:
     assert (
         diagnose(replace(situation, evidence=situation.evidence + evidence), packs).verdict == "insufficient_evidence"
     )
+
+
+@pytest.mark.parametrize("services", [5_000, pytest.param(100_000, marks=pytest.mark.full)])
+def test_nothing_grows_faster_than_the_services_do(packs: PackSet, services: int) -> None:
+    """A series each: what took each service against every finding would never end."""
+    count, onset = services, 1200.0
+    times = np.arange(0.0, 1800.0, 60.0)
+    values = np.ones((count, times.shape[0]))
+    values[: count // 10, times >= onset] = 9.0
+    ids = tuple(SeriesId.of("http_latency_p95", {"service": f"s{i}"}) for i in range(count))
+    alert = Alert(tenant="t", fingerprint="f", status="firing", labels={"service": "s0"}, starts_at=onset, digest="d")
+    evidence = (Evidence("http_latency_p95", "prometheus", Frame(times, ids, values)),)
+    diagnosis = diagnose(Situation((alert,), "s0", onset, 1740.0, evidence), packs)
+    assert diagnosis.verdict in ("ranked", "insufficient_evidence")
