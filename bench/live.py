@@ -60,7 +60,7 @@ async def _measure(url: str, past: backfill.Past, where: Path, runs: int) -> dic
     edges = {**backfill.EDGES, "payments": [s for s in past.services if s.startswith("extra")]}
     topology = Topology(edges={k: tuple(v) for k, v in edges.items()}, kinds=dict.fromkeys(past.services, "http"))  # type: ignore[arg-type]
     config = Config(state_dir=where, prometheus=Prometheus(url=url, step_seconds=15.0), topology=topology)
-    packs = load_packs((), config.packs.disabled_live)
+    packs = load_packs()
     incident = _incident(past)
     async with PrometheusSource(prometheus_of(config)) as source, aiohttp.ClientSession() as session:
         situations = Situations(

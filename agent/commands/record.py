@@ -63,7 +63,7 @@ def record(
     state = read(state_dir)
     incident = find(state, wanted)
     directory = out if out is not None else Path(incident.id)
-    packs = load_packs(config.packs.dirs, config.packs.disabled_live)
+    packs = load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
     now = clock()
     until = now if up_to_now or not incident.evidence_at else incident.evidence_at
     situation = asyncio.run(_look(config, packs, incident, state, until, now))
@@ -73,7 +73,7 @@ def record(
         raise CommandError(str(error), "give another directory by --out") from error
     if expect:
         place = {"service": service, "cause": cause}
-        golden = {"verdict": "ranked", "ranking": [place], "live": True}
+        golden = {"verdict": "ranked", "ranking": [place]}
         (directory / "expected.json").write_bytes(msgspec.json.encode(golden) + b"\n")
     _tell(directory, situation, diagnose(read_recording(directory), packs), incident, as_json=as_json)
     return Exit.OK

@@ -54,7 +54,7 @@ async def test_a_recorded_incident_ranks_as_it_did_live(whole: Make, tmp_path: P
     again = diagnose(read_recording(out), live.packs)
     assert again.hypotheses == incident.diagnosis.hypotheses  # to the last bit, with every contribution
     assert (again.verdict, again.clear) == (incident.diagnosis.verdict, incident.diagnosis.clear)
-    (outcome,) = golden.judge_all([out.parent], live.packs, live.packs)
+    (outcome,) = golden.judge_all([out.parent], live.packs)
     assert outcome.fault == ""
     assert await command("diagnose", out) == 0
     assert "orders" in capsys.readouterr().out

@@ -64,7 +64,7 @@ class Whole:
     config: Config
     past: Past
     sources: Sequence[Source]
-    packs: PackSet = field(default_factory=lambda: load_packs(disable=["service"]))
+    packs: PackSet = field(default_factory=lambda: load_packs())
 
     def __post_init__(self) -> None:
         self.store = Store.open(self.config.state_dir)
