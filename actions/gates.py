@@ -7,8 +7,9 @@ objection has a `Refusal` and a sentence. Comparisons are written so that NaN ob
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -46,6 +47,23 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     identity: str
     params: dict[str, ParamValue] = {}
     note: str = ""  # for people: what it is and why it is one
+
+
+class PastLike(Protocol):
+    """What is needed of a step that was begun."""
+
+    @property
+    def action(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def service(self) -> str: ...
+    @property
+    def incident(self) -> str: ...
+    @property
+    def at(self) -> float: ...
+    @property
+    def active(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +115,8 @@ class GuardContext:
     environment: str = ""
     paused: bool = False
     opened: tuple[float, ...] = ()  # when incidents opened, this one too
-    history: tuple[PastAction, ...] = ()
+    history: Sequence[PastLike] = ()
+    begun: float | None = None  # when the incident's own plan was made, while it is under way
     breakers: Mapping[str, Breaker] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict)
     local_hosts: frozenset[str] = LOCAL_HOSTS
@@ -115,6 +134,12 @@ class GuardContext:
             if p.active and p.incident != self.incident
         )
         return (*(c for c in self.claims if c.incident != self.incident), *begun)
+
+    def past(self) -> list[PastLike]:
+        """What counts for cooldown and rates. All of a plan under way is one action: its verified steps are no reason
+        against its next one."""
+        mine, begun = self.incident, math.inf if self.begun is None else self.begun
+        return [p for p in self.history if p.incident != mine or not (p.active or p.at >= begun)]
 
 
 class Cap(msgspec.Struct, frozen=True):
@@ -325,9 +350,9 @@ def gate_dependents(proposal: ProposalLike, definition: ActionDefinition, contex
 
 
 def gate_cooldown(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    past = [p for p in context.past() if p.action == definition.name]
     for target in context.targets:
-        mine = [p for p in context.history if (p.action, p.target) == (definition.name, target.identity)]
-        mine = [p for p in mine if not (p.active and p.incident == context.incident)]
+        mine = [p for p in past if p.target == target.identity]
         last = max((p.at for p in mine), default=None)
         if last is not None and context.now - last < context.policy.cooldown_seconds:
             ago, left = context.now - last, context.policy.cooldown_seconds - (context.now - last)
@@ -336,8 +361,7 @@ def gate_cooldown(_: ProposalLike, definition: ActionDefinition, context: GuardC
 
 
 def gate_rate(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
-    recent = [p for p in context.history if context.now - p.at < HOUR]
-    recent = [p for p in recent if not (p.active and p.incident == context.incident)]
+    recent = [p for p in context.past() if context.now - p.at < HOUR]
     policy, new = context.policy, len(context.targets)
     same_action = sum(p.action == definition.name for p in recent)
     if same_action + new > policy.actions_per_action_per_hour:

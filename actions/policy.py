@@ -118,6 +118,7 @@ class GuardPolicy(_Policy, frozen=True, kw_only=True):
     actions_per_action_per_hour: Count = 6
     actions_per_target_per_hour: Count = 3
     max_targets: Count = 1  # of one plan; the action's own bound counts too
+    max_steps_at_once: Count = 8  # steps that run at one time; more wait their turn (`make bench`: lag)
     max_services_at_once: Count = 1  # services that are being acted on at one time
     max_actions_per_service: Count = 1  # plans under way on one service
     groups: Mapping[str, GroupPolicy] = {}
@@ -169,6 +170,8 @@ def storm_until(opened: Sequence[float], now: float, policy: StormPolicy) -> flo
     the clock was set back between two of them, no time is taken to have passed: what opened "in the future" opened a
     moment ago.
     """
+    if len(opened) <= policy.incidents:
+        return None
     times, passed = _passed(opened, now)
     end: float | None = None
     for i in range(policy.incidents, len(times)):

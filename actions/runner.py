@@ -101,6 +101,7 @@ class RunnerSettings:
     snapshot_seconds: float = 5.0
     kill_seconds: float = 15.0  # for an old leaf to be empty
     grace_seconds: float = 30.0  # beyond its own deadline, until a call that does not return is taken for lost
+    at_once: int = 8  # steps between permission and result; more wait their turn
     max_attempts: int = 2  # of one step, or of its undo, counting those that a crash ended
 
 
@@ -203,6 +204,9 @@ class Runner:
         self._ledger, self._sandbox, self._verifier, self._clock = ledger, sandbox, verifier, clock
         self._settings = settings or RunnerSettings()
         self.breakers: dict[str, Breaker] = breakers.fold(known_breakers)
+        self._slots = asyncio.Semaphore(self._settings.at_once)
+        # Gates are asked for one step a turn of the loop: many at once would hold up everything else for their sum.
+        self._turn = asyncio.Lock()
 
     async def run(self, plan: Plan, cancelled: asyncio.Event) -> PlanOutcome:
         """Begins and ends a plan. `cancelled` stops steps that have not begun (the alert resolved)."""
@@ -275,16 +279,8 @@ class Runner:
             await self._close_planned(book, last.after, last.reason)
         for i, step in enumerate(plan.steps):
             while book.states[i] is _S.PLANNED:
-                stop, snapshot, remark = self._why_not(book, i, cancelled), "", ""
-                if stop is None:
-                    # The snapshot takes its time, in which somebody may pause or the alert resolve: asked again.
-                    snapshot, remark = await self._snapshot(book.plan, i)
-                    stop = self._why_not(book, i, cancelled)
-                if stop is not None:
-                    after, reason, book.refusal = stop
-                    await self._close_planned(book, after, reason)
-                else:
-                    await self._perform(book, i, snapshot, remark)
+                async with self._slots:
+                    await self._begin(book, i, cancelled)
             if book.states[i] is _S.RAN and step.read_only:
                 await book.move(i, _S.VERIFIED, "read-only: there is nothing to verify")
                 await self._conclude(book, i, ok=True)
@@ -294,6 +290,22 @@ class Runner:
                 return
         if ran := book.having(_S.RAN):
             await self._verify(book, ran)
+
+    async def _begin(self, book: _Book, i: int, cancelled: asyncio.Event) -> None:
+        """Does step i, or closes what is planned because it may not begin."""
+        async with self._turn:
+            stop = self._why_not(book, i, cancelled)
+        snapshot, remark = "", ""
+        if stop is None:
+            # The snapshot takes its time, in which somebody may pause or the alert resolve: asked again.
+            snapshot, remark = await self._snapshot(book.plan, i)
+            async with self._turn:
+                stop = self._why_not(book, i, cancelled)
+        if stop is not None:
+            after, reason, book.refusal = stop
+            await self._close_planned(book, after, reason)
+        else:
+            await self._perform(book, i, snapshot, remark)
 
     def _why_not(self, book: _Book, i: int, cancelled: asyncio.Event) -> tuple[StepState, str, Refusal] | None:
         """What forbids to begin step i now: (how it ends, why, refusal)."""

@@ -252,6 +252,7 @@ class Guard(Struct, frozen=True, kw_only=True):
     actions_per_action_per_hour: Count = 6
     actions_per_target_per_hour: Count = 3
     max_targets: Count = 1  # of one plan; the action's own bound counts too
+    max_steps_at_once: Count = 8
     max_services_at_once: Count = 1
     max_actions_per_service: Count = 1
     groups: Mapping[Name, GroupPolicy] = {}

@@ -314,6 +314,11 @@ class ActionStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     incident: str
     tenant: str
 
+    @property
+    def active(self) -> bool:
+        """As the gates ask: what is under way is told apart from what once began (`GuardContext.claims`, `begun`)."""
+        return False
+
 
 class Changes(NamedTuple):
     """What one record did: ids of the incidents it touched, and of those it opened, reopened or closed."""

@@ -8,14 +8,17 @@ the gates are in `actions.guard`, the moves in `actions.runner`.
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
+import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import sandbox
-from actions import breaker, guard
+from actions import guard
 from actions.catalog import Catalog
-from actions.guard import Claim, GuardContext, PastAction
+from actions.guard import Claim, GuardContext
 from actions.model import BreakerMoved, Declined, Plan, Refusal, StepMoved
 from actions.policy import HOUR
 from actions.runner import PlanOutcome, Runner, RunnerSettings
@@ -66,16 +69,21 @@ class Remediation:
         self._config, self._catalog, self._store, self._telemetry = config, catalog, store, telemetry
         self._clock = clock
         self._verifier = verifier
+        self._policy, self._inventory = config.guard_policy, config.inventory_strings
+        self._environment_secrets = self._secrets()
+        self._claimed: dict[str, Claim] = {}  # by plan
+        self._graph, self._needing = Topology(), dict[str, frozenset[str]]()
         self._let: dict[str, Plan] = {}  # plans that were let begin and whose task has not ended, by incident
         snapshots = FaultSnapshots(config.state_dir / "snapshots", config.inventory_strings, clock)
         settings = RunnerSettings(
             protection=config.sandbox.protection,
             user=config.sandbox.user,
             breaker=config.breaker,
-            secrets=self._secrets(),
+            secrets=self._environment_secrets,
             environment=self._plan_environment,
             permit=self._permit,
             snapshot=snapshots.take,
+            at_once=config.guard.max_steps_at_once,
         )
         ledger = Ledger(store, telemetry)
         self.runner = Runner(ledger, sandbox, verifier, clock, settings, store.state.breakers.values())
@@ -118,27 +126,12 @@ class Remediation:
             self._let.pop(incident.id, None)
 
     def context(self, incident: Incident) -> GuardContext:
-        """The world as the gates see it, now."""
+        """The world as the gates see it, now. Asked for before every step, so that it must cost little however many
+        incidents there are: what nobody may look at is made when it is looked at."""
         state, diagnosis = self._store.state, incident.diagnosis
         best = diagnosis.best if diagnosis else None
         now = self._clock()
-        topology = self._topology()
-        busy = state.busy_targets()
-        begun = incident.plan.made_at if incident.plan is not None and incident.plan_state == "running" else None
-        horizon = max(HOUR, self._config.guard.cooldown_seconds)
-        history = tuple(
-            PastAction(
-                action=past.action,
-                target=past.target,
-                service=past.service,
-                incident=past.incident,
-                at=past.at,
-                # All of a plan under way is one action: its verified steps are no reason against its next one.
-                active=busy.get(past.target) == past.incident
-                or (past.incident == incident.id and begun is not None and past.at >= begun),
-            )
-            for past in state.action_starts(since=now - horizon)
-        )
+        horizon = max(HOUR, self._policy.cooldown_seconds)
         return GuardContext(
             now=now,
             incident=incident.id,
@@ -147,21 +140,29 @@ class Remediation:
             margin=diagnosis.margin if diagnosis else 0.0,
             firing=bool(incident.firing),
             evidence_at=incident.evidence_at,
-            policy=self._config.guard_policy,
-            inventory=self._config.inventory_strings,
+            policy=self._policy,
+            inventory=self._inventory,
             enforced_by=sandbox.current().enforced_by,
             alerts=tuple(sorted({alert.name for alert in incident.firing})),
             tenant=incident.tenant,
             environment=self._config.environment,
             paused=state.is_paused,
-            opened=tuple(i.opened_at for i in state.incidents.values()),
-            history=history,
+            opened=self._opened(),
+            history=state.action_starts(since=now - horizon),
+            begun=incident.plan.made_at if incident.plan is not None and incident.plan_state == "running" else None,
             claims=self._claims(incident.id),
-            callers=_callers(topology.edges),
-            degraded=_degraded(state, incident.id),
-            breakers={key: breaker.restore(move) for key, move in state.breakers.items()},
-            secrets=self._secrets(),
+            callers=self._callers(),
+            degraded=_Degraded(state, incident.id),
+            breakers=self.runner.breakers,
+            secrets=self._environment_secrets,
         )
+
+    def _opened(self) -> tuple[float, ...]:
+        """When incidents opened, in order: as many of the newest as can still make a storm."""
+        storm = self._policy.storm
+        many = (storm.incidents + 1) * (3 + math.ceil(storm.cooldown_seconds / storm.window_seconds))
+        newest = itertools.islice(reversed(self._store.state.incidents.values()), many)
+        return tuple(i.opened_at for i in newest)[::-1]
 
     def _permit(self, plan: Plan, step: int) -> Declined | None:
         """Asked by the runner before each step: the gates at the moment of acting."""
@@ -178,19 +179,21 @@ class Remediation:
     def _claims(self, mine: str) -> tuple[Claim, ...]:
         """What other incidents' plans act on: those under way by the journal, and those that were just let begin."""
         plans = {
-            i.id: i.plan
-            for i in self._store.state.active()
-            if i.plan is not None and (i.plan_state == "running" or i.unsettled)
+            id: incident.plan
+            for id in self._store.state.live
+            if (incident := self._store.state.incidents[id]).plan_state == "running" and incident.plan is not None
         }
         plans.update(self._let)
-        return tuple(
-            Claim(id, plan.service, frozenset().union(*(guard.resources_of(s.target, s.params) for s in plan.steps)))
-            for id, plan in plans.items()
-            if id != mine
-        )
+        plans.pop(mine, None)
+        # Each plan's claim is made once; a plan that is over leaves.
+        self._claimed = {plan.id: self._claimed.get(plan.id) or _claim(id, plan) for id, plan in plans.items()}
+        return tuple(self._claimed.values())
 
-    def _topology(self) -> Topology:
-        return self._verifier.situations.topology_known
+    def _callers(self) -> Mapping[str, frozenset[str]]:
+        topology = self._verifier.situations.topology_known
+        if self._graph is not topology:
+            self._graph, self._needing = topology, _callers(topology.edges)
+        return self._needing
 
     def _secrets(self) -> dict[str, str]:
         """The variables of our own environment that an action of the catalogue names."""
@@ -232,14 +235,34 @@ def _callers(edges: Iterable[tuple[str, str]]) -> dict[str, frozenset[str]]:
     return {callee: frozenset(callers) for callee, callers in found.items()}
 
 
-def _degraded(state: State, mine: str) -> dict[str, frozenset[str]]:
+def _claim(incident: str, plan: Plan) -> Claim:
+    resources = frozenset[str]().union(*(guard.resources_of(s.target, s.params) for s in plan.steps))
+    return Claim(incident, plan.service, resources)
+
+
+class _Degraded(Mapping[str, frozenset[str]]):
     """Services in trouble by other incidents that are not over -> the services that were found to be its cause."""
-    found: dict[str, set[str]] = {}
-    for incident in state.incidents.values():
-        over = incident.state is IncidentState.RESOLVED or not incident.firing
-        if incident.id == mine or over:
-            continue
-        best = incident.diagnosis.best if incident.diagnosis else None
-        for service in incident.services:
-            found.setdefault(service, set()).update({best.service} if best else ())
-    return {service: frozenset(causes) for service, causes in found.items()}
+
+    def __init__(self, state: State, mine: str) -> None:
+        self._state, self._mine = state, mine
+
+    @functools.cached_property
+    def _found(self) -> dict[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for incident in self._state.incidents.values():
+            over = incident.state is IncidentState.RESOLVED or not incident.firing
+            if incident.id == self._mine or over:
+                continue
+            best = incident.diagnosis.best if incident.diagnosis else None
+            for service in incident.services:
+                found.setdefault(service, set()).update({best.service} if best else ())
+        return {service: frozenset(causes) for service, causes in found.items()}
+
+    def __getitem__(self, service: str) -> frozenset[str]:
+        return self._found[service]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)

@@ -8,6 +8,7 @@ sandbox's own threads. Nothing of a run outlives `run`, however it ends: by itse
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import secrets
@@ -58,8 +59,14 @@ def leaf_name() -> str:
 
 
 def _fresh_name() -> str:
-    space, pid = Path("/proc/self/ns/pid").stat().st_ino, os.getpid()
-    return f"run-{space}-{pid}-{processes.start_ticks(pid)}-{secrets.token_hex(6)}"
+    return f"run-{_identity(os.getpid())}-{secrets.token_hex(6)}"
+
+
+@functools.lru_cache(maxsize=1)
+def _identity(pid: int) -> str:
+    """What tells this process from every other one that there was. Read once: the files are in /proc, and a name is
+    asked for on the event loop."""
+    return f"{Path('/proc/self/ns/pid').stat().st_ino}-{pid}-{processes.start_ticks(pid)}"
 
 
 async def run(

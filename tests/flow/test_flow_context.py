@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from flow_world import NOW, World, open_world
 
-from actions.catalog import load_catalog
-from actions.model import StepMoved, StepState
-from agent.config import Config, Prometheus
+from actions.catalog import Catalog, load_catalog, parse_action
+from actions.model import Refusal, StepMoved, StepState
+from actions.policy import AutonomyPolicy
+from agent.config import Config, InventoryEntry, Prometheus, Sandbox
 from agent.journal.records import StepRecorded
 from agent.remediation import Remediation
 from agent.situation import Situations
@@ -41,13 +42,62 @@ async def test_verified_steps_of_the_plan_under_way_do_not_count_against_its_nex
         world.telemetry,
         clock=lambda: NOW,
     )
-    (mine,) = remediation.context(world.incident(id)).history
-    assert mine.active
+    assert len(remediation.context(world.incident(id)).history) == 1
+    assert not remediation.context(world.incident(id)).past()
     world.now = NOW + 3600.0  # outside the merging windows: an incident of its own, for which it does count
     other = await world.alert(name="Other")
     assert other != id
-    (theirs,) = remediation.context(world.incident(other)).history
-    assert not theirs.active
+    (theirs,) = remediation.context(world.incident(other)).past()
+    assert theirs.incident == id
+
+
+async def test_two_plans_that_ask_at_the_same_moment_are_not_both_let_begin(world: World) -> None:
+    one = await world.acting("One")
+    world.now += 3600.0
+    two = await world.acting("Two")
+    assert one != two
+    config = Config(
+        autonomy=AutonomyPolicy(default="auto"),
+        inventory={"front": InventoryEntry()},
+        sandbox=Sandbox(allow_unenforced_auto=True),
+    )
+    catalog = Catalog([parse_action({**ACTION, "name": "a"}, "test")])
+    remediation = Remediation(
+        config,
+        catalog,
+        world.store,
+        world.verifier,  # type: ignore[arg-type]
+        world.telemetry,
+        clock=lambda: world.now,
+    )
+    plans = [world.incident(id).plan for id in (one, two)]
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert remediation._permit(plans[0], 0) is None
+    refused = remediation._permit(plans[1], 0)
+    assert refused is not None
+    assert refused.reason is Refusal.BUSY_TARGET
+    # The first one's task ends without having begun: the second may.
+    await remediation.run(world.incident(one), cancelled())
+    assert remediation._permit(plans[1], 0) is None
+
+
+def cancelled() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+ACTION = {
+    "description": "For tests.",
+    "target": "t",
+    "parameters": {},
+    "argv": ["/bin/true"],
+    "check": ["/bin/true"],
+    "undo": "none",
+    "idempotent": True,
+    "risk": {"reversible": False, "blast_radius": "service", "changes": "runtime", "auto": "allowed"},
+}
 
 
 class Graph:
