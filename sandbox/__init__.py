@@ -5,12 +5,14 @@ Called by `actions.runner`. Never decides whether something may run, and never p
 
 from sandbox.capability import Capability, SandboxUnavailable, probe
 from sandbox.execution import current, kill_leaf, leaf_name, run, sweep, use
-from sandbox.model import EnforcedBy, Limits, Protection, RunResult
+from sandbox.model import EnforcedBy, Layer, Limits, Needs, Protection, RunResult
 
 __all__ = [
     "Capability",
     "EnforcedBy",
+    "Layer",
     "Limits",
+    "Needs",
     "Protection",
     "RunResult",
     "SandboxUnavailable",

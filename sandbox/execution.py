@@ -23,19 +23,23 @@ from typing import TypeVar
 
 import msgspec
 
-from sandbox import launcher, processes
+from sandbox import hardening, launcher, namespaces, processes
 from sandbox.capability import Capability, SandboxUnavailable, probe
 from sandbox.cgroup import LEAF_NAME, Leaf, Usage, find_leaf, mounts
 from sandbox.failpoint import failpoint
-from sandbox.model import Limits, Protection, RunResult
+from sandbox.hardening import Profile
+from sandbox.model import Limits, Needs, Protection, RunResult
 
 KILL_SECONDS = 10.0  # for a killed tree to be gone; only an uninterruptible system call takes longer
 EOF_SECONDS = 1.0  # for the pipes to end after that; only a process outside the leaf can still hold them
 LAUNCHER_BYTES = 4096  # of stderr are always looked at, for the launcher's own message
+REDACTED = b"[secret]"
+LEAST_SECRET = 4  # shorter values are not redacted: they would be found in every number
 
 SWEEPABLE = re.compile(r"run-(?P<space>\d+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
 
 T = TypeVar("T")
+OPEN, NAMESPACED = Profile(), Profile(namespaced=True)
 _capability: Capability | None = None
 
 
@@ -78,6 +82,9 @@ async def run(
     stdin: bytes = b"",
     protection: Protection = "automatic",
     leaf: str = "",
+    needs: Needs | None = None,
+    secrets: Mapping[str, str] | None = None,
+    redact: Sequence[str] = (),
 ) -> RunResult:
     """Runs one program within `limits` and tells what became of it.
 
@@ -86,19 +93,35 @@ async def run(
     afterwards; `env` is added and wins. `user` is a name or a number, "" for our own. `leaf` is from `leaf_name`.
 
     The program and all it started are killed at the timeout, on cancellation (which is then raised again), and also
-    when the program has ended by itself. A program that runs as root could move itself out of its leaf, as it could do
-    anything else to the host: `user` is what takes that away. At most 64 runs go on at once; more wait for their turn.
+    when the program has ended by itself. Which system calls it may never make is in `sandbox.syscalls`; what else it
+    gives up is in its `needs`, and behind bubblewrap a signal that ends it becomes the exit code 128 + signal. A
+    program with the agent's own user and all `needs` could move itself out of its leaf: `user` or fewer needs take that
+    away.
+    At most 64 runs of a kind go on at once; more wait for their turn.
 
-    Raises SandboxUnavailable, before anything is made, if `protection` is "required" and the limits cannot be enforced;
-    everything else that prevents a start is `RunResult.error`.
+    `secrets`: values by name. The program reads each from the descriptor whose number is in its variable `NAME_FD`;
+    they, and the values in `redact`, are taken out of its captured output.
+
+    Raises SandboxUnavailable, before anything is made, if `protection` is "required" and the limits cannot be enforced,
+    or `needs.isolation` is and there is no namespace layer; everything else that prevents a start is `RunResult.error`.
     """
+    needs = needs or Needs()
     known = _capability if _capability is not None else await _in_thread(current)
     capability = known.holding(limits)
+    what = f"sandbox: {argv[0] if argv else 'nothing'!r} not started"
     if protection == "required" and not capability.enforced_by.limits_enforced:
-        raise SandboxUnavailable(f"sandbox: {argv[0] if argv else 'nothing'!r} not started: {capability.reason}")
-    box = _Box(capability, limits, leaf)
+        raise SandboxUnavailable(f"{what}: {capability.reason}")
+    profile = (
+        hardening.profile_for(needs)
+        if not needs.restricted
+        else await _in_thread(lambda: hardening.profile_for(needs), profile=NAMESPACED)
+    )  # in a thread that no filter keeps from trying bubblewrap out
+    if needs.isolation == "required" and not profile.namespaced:
+        raise SandboxUnavailable(f"{what}: isolation is required: {namespaces.unavailable() or 'its needs leave none'}")
+    hidden = [os.fsencode(text) for text in (*(secrets or {}).values(), *redact) if len(text) >= LEAST_SECRET]
+    box = _Box(capability, limits, leaf, profile, hidden)
     try:
-        return await _in_thread(lambda: box.run(argv, env, user, stdin), box.stop)
+        return await _in_thread(lambda: box.run(argv, env, user, stdin, needs, secrets), box.stop, profile)
     finally:
         box.close()
 
@@ -163,9 +186,14 @@ class _Box:
     end: on a busy machine every hand-over between threads would cost more than the launcher. Only `stop` is called from
     outside."""
 
-    def __init__(self, capability: Capability, limits: Limits, leaf: str) -> None:
+    def __init__(
+        self, capability: Capability, limits: Limits, leaf: str, profile: Profile, hidden: Sequence[bytes] = ()
+    ) -> None:
         self.capability = capability
         self.limits = limits
+        self.profile = profile
+        self.hidden = sorted(hidden, key=len, reverse=True)
+        self.status_text = _Output(LAUNCHER_BYTES)
         self.name = leaf or _fresh_name()
         self.leaf: Leaf | None = None
         self.workdir: Path | None = None
@@ -187,12 +215,23 @@ class _Box:
     def close(self) -> None:
         os.close(self._stopping)
 
-    def run(self, argv: Sequence[str], env: Mapping[str, str] | None, user: str, stdin: bytes) -> RunResult:
-        self._start(argv, env, user, stdin)
+    def run(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None,
+        user: str,
+        stdin: bytes,
+        needs: Needs,
+        secrets: Mapping[str, str] | None,
+    ) -> RunResult:
+        self._start(argv, env, (user, stdin, needs, secrets))
         if self.started is None:
             self._finish()
             return self._result()
         pipes = {self.started.stdout: self.out, self.started.stderr: self.err}
+        if self.started.status >= 0:
+            pipes[self.started.status] = self.status_text
+        opened = tuple(pipes)
         try:
             self.timed_out = not self._listen(pipes, self.began + self.limits.timeout_seconds)
             self.ended = time.monotonic()
@@ -200,25 +239,35 @@ class _Box:
             self._finish()
             _drain(pipes, time.monotonic() + EOF_SECONDS)
         finally:
-            os.close(self.started.stdout)
-            os.close(self.started.stderr)
-        secret, said = self.started.secret, bytes(self.err.kept)
-        failed = launcher.launch_error(secret, self.status or 0, said, changed_user=self.changed_user)
+            for fd in opened:
+                os.close(fd)
+        failed = launcher.launch_error(
+            self.started.secret,
+            self.status or 0,
+            bytes(self.err.kept),
+            changed_user=self.changed_user,
+            status=bytes(self.status_text.kept) if self.started.status >= 0 else None,
+        )
         if failed:
             self.status, self.error = None, failed
         return self._result()
 
-    def _start(self, argv: Sequence[str], env: Mapping[str, str] | None, user: str, stdin: bytes) -> None:
+    def _start(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None,
+        rest: tuple[str, bytes, Needs, Mapping[str, str] | None],
+    ) -> None:
         """Leaf, working directory, process. What prevents a start is put into `error`."""
         try:
             if not LEAF_NAME.fullmatch(self.name):
                 raise launcher.CannotStart(f"{self.name!r} cannot be the name of a leaf")
             launcher.check_limits(self.limits)
             workdir = _workdir(self.name)
-            command = launcher.check(argv, self._environment(env, workdir), user, stdin)
+            command = launcher.check(argv, self._environment(env, workdir), *rest)
             if self.capability.root is not None:
                 self.leaf = Leaf.create(self.capability.root, self.name)
-                self.leaf.limit(self.limits, self.capability.controllers)
+                self.leaf.limit(self._leaf_limits(), self.capability.controllers)
             workdir.mkdir(0o700)
             self.workdir = workdir
             if command.identity is not None:
@@ -227,10 +276,17 @@ class _Box:
             failpoint("sandbox_before_spawn")
             self.began = time.monotonic()
             procs = self.leaf.procs if self.leaf else None
-            self.started = launcher.spawn(command, self.limits, workdir, procs, self.capability.controllers)
+            controllers = self.capability.controllers
+            self.started = launcher.spawn(command, self.limits, workdir, procs, controllers, self.profile)
             failpoint("sandbox_after_spawn")
         except (launcher.CannotStart, OSError) as x:
             self.error = str(x)
+
+    def _leaf_limits(self) -> Limits:
+        """The program's, and room for the processes of the namespace layer itself."""
+        if not self.profile.namespaced:
+            return self.limits
+        return msgspec.structs.replace(self.limits, pids=self.limits.pids + namespaces.OWN_PROCESSES)
 
     def _environment(self, env: Mapping[str, str] | None, workdir: Path) -> dict[str, str]:
         default = {"PATH": launcher.DEFAULT_PATH, "LANG": "C.UTF-8", "HOME": str(workdir), "TMPDIR": str(workdir)}
@@ -303,6 +359,12 @@ class _Box:
             memory_peak_bytes=self.usage.memory_peak_bytes,
             pids_refused=self.usage.pids_refused,
             enforced_by=self.capability.enforced_by,
+            layers=hardening.layers(
+                self.profile,
+                leaf=self.leaf is not None,
+                limited=self.capability.enforced_by.limits_enforced,
+                changed_user=self.changed_user,
+            ),
             leaf=self.name if self.leaf else "",
             error=self.error,
         )
@@ -313,8 +375,8 @@ class _Box:
             result,
             exit_code=self.status if self.status >= 0 else None,
             signal=-self.status if self.status < 0 else None,
-            stdout=self.out.kept.decode("utf-8", "replace"),
-            stderr=self.err.kept[:bound].decode("utf-8", "replace"),
+            stdout=self.out.without(self.hidden, bound).decode("utf-8", "replace"),
+            stderr=self.err.without(self.hidden, bound).decode("utf-8", "replace"),
             stdout_dropped=self.out.dropped,
             stderr_dropped=self.err.dropped + len(self.err.kept[bound:]),
         )
@@ -339,6 +401,18 @@ class _Output:
         self.dropped += len(data[room:])
         return bool(data)
 
+    def without(self, hidden: Sequence[bytes], bound: int) -> bytes:
+        """The first `bound` bytes; hidden values, and the beginning of one that the bound cut off, are replaced."""
+        data = bytes(self.kept)
+        for value in hidden:
+            data = data.replace(value, REDACTED)
+        data, cut = data[:bound], self.dropped or len(data) > bound
+        for value in hidden if cut else ():
+            for length in range(min(len(value) - 1, len(data)), LEAST_SECRET - 1, -1):
+                if data.endswith(value[:length]):
+                    return data[:-length] + REDACTED
+        return data
+
 
 def _exited(pidfd: int, seconds: float) -> bool:
     poller = select.poll()  # select(2) cannot take descriptors from 1024 on, which a busy service has
@@ -359,10 +433,10 @@ def _drain(pipes: dict[int, _Output], deadline: float) -> None:
                 del pipes[fd]
 
 
-async def _in_thread(work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:
+async def _in_thread(work: Callable[[], T], stop: Callable[[], None] | None = None, profile: Profile = OPEN) -> T:
     """Does `work` in a sandbox thread, to its end even if the caller is cancelled: `stop` is called then, and the
     cancellation is raised after the end. A half-made or half-removed sandbox must not be left behind."""
-    job = launcher.threads().submit(work)
+    job = hardening.threads(profile).submit(work)
     future = asyncio.wrap_future(job)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():

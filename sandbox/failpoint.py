@@ -11,6 +11,8 @@ import signal
 
 _name, _, _count = os.environ.get("ALERTMEDIC_FAILPOINT", "").partition(":")
 _left = int(_count or "1") if _name else 0
+# By descriptor: a sandbox thread has given up the right to signal the agent by its number (`sandbox.syscalls`).
+_self = os.pidfd_open(os.getpid()) if _name else -1
 
 
 def failpoint(name: str) -> None:
@@ -20,4 +22,4 @@ def failpoint(name: str) -> None:
         return
     _left -= 1
     if _left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+        signal.pidfd_send_signal(_self, signal.SIGKILL)

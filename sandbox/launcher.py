@@ -1,18 +1,18 @@
 """Starting one program so that its first instruction runs inside its limits.
 
-Called by `sandbox.execution` in a thread of `threads()`. A `preexec_fn` would do it too, but makes Python fork instead
-of vfork: 27 ms a start with a 500 MB parent. So a fixed shell script enters the leaf, sets the rlimits and execs the
-program; all it gets arrives as positional parameters, which the shell passes on without reading them. The no_new_privs
-flag costs no program at all: it belongs to the thread that starts the child, which inherits it.
+Called by `sandbox.execution` in a thread of `hardening.threads()`. A `preexec_fn` would do it too, but makes Python
+fork instead of vfork: 27 ms a start with a 500 MB parent. So a fixed shell script enters the leaf, sets the rlimits and
+execs the program; all it gets arrives as positional parameters, which the shell passes on without reading them.
+What a thread can give up for its children (`hardening.lock_down`) costs no program at all. Only another user and the
+namespace layer put a program in between: setpriv and bubblewrap.
 
-Never parses a command, never looks at what a program is for, and never lets a descriptor through but 0, 1 and 2.
+Never parses a command, never looks at what a program is for, and never lets a descriptor through but 0, 1, 2 and those
+of its secrets.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import grp
 import os
 import pwd
@@ -22,16 +22,15 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from sandbox.model import Limits
+from sandbox import hardening, namespaces
+from sandbox.hardening import Profile
+from sandbox.model import Limits, Needs
 
 SHELL = "/bin/sh"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-PR_SET_NO_NEW_PRIVS = 38  # prctl(2)
-MAX_RUNS = 64
 ADDRESS_SPACE_FACTOR = 4  # RLIMIT_AS counts reserved, never touched memory too: room for libraries and thread stacks
 
 # $1 the leaf's cgroup.procs or "", $2 oom_score_adj or "", $3..$6 rlimits, then the program. `$0` is a secret: what the
@@ -72,27 +71,31 @@ class Command:
     env: dict[str, str]
     identity: Identity | None
     stdin: bytes
+    needs: Needs = field(default_factory=Needs)
+    secrets: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A running child. The pipes are non-blocking read ends; `pidfd` becomes readable when it exits (Linux 5.3)."""
+    """A running child. The pipes are non-blocking read ends; `pidfd` becomes readable when it exits (Linux 5.3).
+    `status`: what bubblewrap tells, -1 for a run without it."""
 
     process: subprocess.Popen[bytes]
     pidfd: int
     stdout: int
     stderr: int
     secret: str
+    status: int = -1
 
 
-@functools.cache
-def threads() -> ThreadPoolExecutor:
-    """Where everything of the sandbox that blocks is done, a thread for each run; further runs wait for their turn.
-    These threads give up privileges for ever (`_no_new_privs`) and must therefore serve nothing else."""
-    return ThreadPoolExecutor(max_workers=MAX_RUNS, thread_name_prefix="sandbox")
-
-
-def check(argv: Sequence[str], env: Mapping[str, str], user: str, stdin: bytes) -> Command:
+def check(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    user: str,
+    stdin: bytes,
+    needs: Needs | None = None,
+    secrets: Mapping[str, str] | None = None,
+) -> Command:
     """Checks what can be checked before anything is made. Raises CannotStart.
 
     A program name without "/" is looked for on the PATH of `env`. A file that is neither ELF nor begins with "#!" is
@@ -106,7 +109,13 @@ def check(argv: Sequence[str], env: Mapping[str, str], user: str, stdin: bytes) 
         if not NAME.fullmatch(name) or name in RESERVED or name.startswith(("LD_", "BASH_FUNC_")):
             raise CannotStart(f"environment variable {name!r} cannot be passed on: a loader or shell would act on it")
         _check_text(f"environment variable {name}", value)
-    return Command((_program(argv[0], env.get("PATH", DEFAULT_PATH)), *argv[1:]), dict(env), _identity(user), stdin)
+    needs, secrets = needs or Needs(), dict(secrets or {})
+    if wrong := namespaces.check(needs):
+        raise CannotStart(wrong)
+    if bad := [name for name in secrets if not NAME.fullmatch(name)]:
+        raise CannotStart(f"secret {bad[0]!r}: not a possible name of an environment variable")
+    program = _program(argv[0], env.get("PATH", DEFAULT_PATH))
+    return Command((program, *argv[1:]), dict(env), _identity(user), stdin, needs, secrets)
 
 
 def check_limits(limits: Limits) -> None:
@@ -166,28 +175,47 @@ def _identity(user: str) -> Identity | None:
     return Identity(entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
 
 
-def spawn(command: Command, limits: Limits, workdir: Path, procs: Path | None, controllers: frozenset[str]) -> Started:
+def spawn(
+    command: Command,
+    limits: Limits,
+    workdir: Path,
+    procs: Path | None,
+    controllers: frozenset[str],
+    profile: Profile | None = None,
+) -> Started:
     """Starts the program in `workdir`, in the leaf whose cgroup.procs is `procs`. Returns when the launcher runs.
 
     Raises CannotStart or OSError. What the launcher itself cannot do is said on the child's stderr (`launch_error`).
     """
-    _no_new_privs()
+    profile = profile or Profile()
+    hardening.lock_down(profile)
     secret = secrets.token_hex(8)
     argv = [SHELL, "-c", SCRIPT, secret, str(procs or ""), _oom_score(), *_rlimits(limits, controllers)]
-    argv += [*_become(command.identity, secret), *command.argv]
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as kept:
-        stdin = _stdin(command.stdin)
-        ours.callback(os.close, stdin)
         (out, stdout), (err, stderr) = (_pipe(kept, ours) for _ in range(2))
+        status, passed = -1, list[int]()
+        env = {**command.env, **_secret_files(command, passed, ours)}
+        if profile.namespaced:
+            status, told = _pipe(kept, ours)
+            rules = _memory_file("seccomp", hardening.filter_code(profile), ours)
+            passed += [told, rules]
+            argv += namespaces.arguments(
+                namespaces.bubblewrap(), command.needs, limits, str(workdir), seccomp=rules, status=told,
+                identity=command.identity is not None,
+            )  # fmt: skip
+        argv += _become(command.identity)
+        if command.identity is not None and not profile.namespaced:
+            argv += [SHELL, "-c", EXEC_ONLY, secret]
         process = subprocess.Popen(
-            argv,
-            stdin=stdin,
+            [*argv, *command.argv],
+            stdin=_stdin(command.stdin, ours),
             stdout=stdout,
             stderr=stderr,
-            env=command.env,
+            env=env,
             cwd=workdir,
             umask=0o022,
             start_new_session=True,
+            pass_fds=passed,
         )
         try:
             pidfd = os.pidfd_open(process.pid)
@@ -196,7 +224,31 @@ def spawn(command: Command, limits: Limits, workdir: Path, procs: Path | None, c
             process.wait()
             raise CannotStart(f"pidfd_open: {x.strerror} (Linux 5.3 or newer is needed)") from x
         kept.pop_all()
-        return Started(process, pidfd, out, err, secret)
+        return Started(process, pidfd, out, err, secret, status)
+
+
+def _secret_files(command: Command, passed: list[int], ours: contextlib.ExitStack) -> dict[str, str]:
+    """Each secret in a file without a name. The program's environment holds the descriptor's number alone, `NAME_FD`:
+    an environment is inherited, shown by /proc and printed by programs that fail."""
+    numbers = {}
+    for name, value in command.secrets.items():
+        fd = _memory_file("secret", os.fsencode(value), ours)
+        os.fchmod(fd, 0o600)  # libpq, for one, refuses a password file that others could read
+        if command.identity is not None:
+            os.fchown(fd, command.identity.uid, command.identity.gid)
+        passed.append(fd)
+        numbers[f"{name}_FD"] = str(fd)
+    return numbers
+
+
+def _memory_file(name: str, data: bytes, ours: contextlib.ExitStack) -> int:
+    """A descriptor to read `data` from: a file in memory, so that no one has to feed a pipe while the program runs."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    ours.callback(os.close, fd)
+    with os.fdopen(os.dup(fd), "wb") as f:
+        f.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def _pipe(kept: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, int]:
@@ -208,25 +260,19 @@ def _pipe(kept: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, 
     return reading, writing
 
 
-def launch_error(secret: str, exit_code: int, stderr: bytes, *, changed_user: bool) -> str:
-    """Why the launcher did not get as far as the program, by its message on the child's stderr; "" if it did."""
+def launch_error(secret: str, exit_code: int, stderr: bytes, *, changed_user: bool, status: bytes | None = None) -> str:
+    """Why the launcher did not get as far as the program, by its message on the child's stderr; "" if it did. `status`
+    is what bubblewrap told, None without it; then the secret, which the program could see, means nothing."""
     line = stderr.decode(errors="replace").strip()
+    if status is not None:
+        if exit_code <= 0 or namespaces.began(status):
+            return ""
+        return line.splitlines()[0].removeprefix(f"{secret}: ") if line else "bubblewrap could not start it"
     if exit_code in (125, 126, 127) and line.startswith(f"{secret}: "):
         return re.sub(r"^(line )?\d+: (exec: )?", "", line.removeprefix(f"{secret}: ").splitlines()[0])
     if changed_user and exit_code == 127 and line.startswith("setpriv: ") and "\n" not in line:
         return line
     return ""
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _no_new_privs() -> None:
-    """Sets the flag for this thread, hence for all it will start; there is no way back (prctl(2))."""
-    if _libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise CannotStart(f"no_new_privs cannot be set: {os.strerror(ctypes.get_errno())}")
 
 
 def _oom_score() -> str:
@@ -261,20 +307,17 @@ def _below(wanted: str, kind: int, unit: int) -> str:
     return str(hard // unit if wanted == "unlimited" else min(int(wanted), hard // unit))
 
 
-def _become(identity: Identity | None, secret: str) -> list[str]:
+def _become(identity: Identity | None) -> list[str]:
     if identity is None:
         return []
     ids = [f"--reuid={identity.uid}", f"--regid={identity.gid}", f"--groups={','.join(map(str, identity.groups))}"]
     program = shutil.which("setpriv", path=DEFAULT_PATH) or "setpriv"
-    return [program, *ids, "--inh-caps=-all", "--no-new-privs", "--", SHELL, "-c", EXEC_ONLY, secret]
+    return [program, *ids, "--inh-caps=-all", "--no-new-privs", "--"]
 
 
-def _stdin(data: bytes) -> int:
-    """A descriptor to read `data` from: a file in memory, so that no one has to feed a pipe while the program runs."""
-    if not data:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(fd), "wb") as f:
-        f.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
+def _stdin(data: bytes, ours: contextlib.ExitStack) -> int:
+    if data:
+        return _memory_file("stdin", data, ours)
+    fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    ours.callback(os.close, fd)
     return fd

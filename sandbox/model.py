@@ -24,6 +24,36 @@ class EnforcedBy(StrEnum):
         return self is EnforcedBy.CGROUP2
 
 
+class Layer(StrEnum):
+    """One thing that holds a run. A result lists those that did, and health those that could."""
+
+    CGROUP = "cgroup"  # limits and tree kill
+    CGROUP_KILL = "cgroup-kill"  # tree kill only
+    NAMESPACES = "namespaces"  # read-only root, private /tmp, /dev and /proc
+    NO_NETWORK = "no-network"
+    USER = "user"  # another user than the agent's
+    CAPABILITIES = "capabilities"
+    SECCOMP = "seccomp"
+    NO_NEW_PRIVS = "no-new-privs"
+    RLIMITS = "rlimits"
+
+
+class Needs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a program must have of the host. The default is all of it, for an action that signals a service or talks to
+    a server; whatever is given up is taken away by namespaces where they work, the network also without them.
+    `isolation: required` refuses to run without the namespace layer."""
+
+    network: Literal["none", "loopback", "any"] = "any"  # loopback: the host's, but Unix and IP sockets only
+    processes: Literal["own", "host"] = "host"  # own: sees and signals what it started, nothing else
+    write: tuple[str, ...] = ("/",)  # beside its private directory; () for nothing
+    inspect: bool = False  # looks into other processes, as a profiler does
+    isolation: Literal["automatic", "required"] = "automatic"
+
+    @property
+    def restricted(self) -> bool:
+        return self.network == "none" or self.processes == "own" or "/" not in self.write
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Limits of one run. Defaults are those of docs/architecture.md (25 % of a CPU, 128 MiB, 10 pids)."""
 
@@ -55,6 +85,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_peak_bytes: int | None = None
     pids_refused: int | None = None  # pids.events max
     enforced_by: EnforcedBy = EnforcedBy.RLIMITS
+    layers: tuple[Layer, ...] = ()  # what held it, outermost first
     leaf: str = ""
     error: str = ""  # why the program could not be started at all (exit_code and signal: None), or be cleaned up after
 

@@ -16,7 +16,7 @@ import pytest
 from sandbox_traces import alive, remains, until
 
 import sandbox
-from sandbox import Limits, cgroup, kill_leaf, launcher, leaf_name, run
+from sandbox import Limits, cgroup, hardening, kill_leaf, launcher, leaf_name, run
 from sandbox.cgroup import Leaf
 
 pytestmark = pytest.mark.usefixtures("node")
@@ -104,7 +104,9 @@ async def test_a_launcher_that_finds_no_leaf_never_starts_the_program(tmp_path: 
     """The agent dies right after the spawn, the next one kills the leaf: the launcher, late, must give up."""
     command = launcher.check(["touch", str(tmp_path / "ran")], {}, "", b"")
     procs = node / "run-gone" / "cgroup.procs"
-    late = launcher.threads().submit(launcher.spawn, command, Limits(), tmp_path, procs, frozenset())
+    late = hardening.threads(hardening.Profile()).submit(
+        launcher.spawn, command, Limits(), tmp_path, procs, frozenset()
+    )
     started = await asyncio.wrap_future(late)
     try:
         assert started.process.wait(20) == 125
