@@ -66,6 +66,7 @@ async def serve(config: Config, ready: Callable[[str], None] | None = None) -> i
     """Runs until SIGTERM or SIGINT. Returns the exit code. `ready(address)` is called once the port listens."""
     log.configure(config.log.format, config.log.level)
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sandbox.shield()
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every connection takes one; the sandbox sets its own
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

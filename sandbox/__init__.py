@@ -5,6 +5,8 @@ Called by `actions.runner`. Never decides whether something may run, and never p
 
 from sandbox.capability import Capability, SandboxUnavailable, probe
 from sandbox.execution import current, kill_leaf, leaf_name, run, sweep, use
+from sandbox.hardening import absent as absent_layers
+from sandbox.hardening import shield
 from sandbox.model import EnforcedBy, Layer, Limits, Needs, Protection, RunResult
 
 __all__ = [
@@ -16,11 +18,13 @@ __all__ = [
     "Protection",
     "RunResult",
     "SandboxUnavailable",
+    "absent_layers",
     "current",
     "kill_leaf",
     "leaf_name",
     "probe",
     "run",
+    "shield",
     "sweep",
     "use",
 ]

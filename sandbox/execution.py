@@ -457,7 +457,10 @@ def _workdir(leaf: str) -> Path:
 
 
 def _remove_directory(path: Path) -> None:
+    """Never follows a link: the program owned the directory and may have put one in its place."""
     try:
         path.rmdir()
     except OSError:
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -55,7 +55,11 @@ def arguments(
     argv += ["--unshare-pid"] if needs.processes == "own" else []
     everything = "/" in needs.write
     argv += ["--bind" if everything else "--ro-bind", "/", "/", "--dev", "/dev"]
-    argv += ["--proc", "/proc"] if needs.processes == "own" else ["--ro-bind", "/proc", "/proc"]
+    if needs.processes == "own":  # bubblewrap leaves some of the host's settings writable to root
+        argv += ["--proc", "/proc"]
+        argv += [w for name in ("sys", "sysrq-trigger") for w in ("--ro-bind-try", f"/proc/{name}", f"/proc/{name}")]
+    else:
+        argv += ["--ro-bind", "/proc", "/proc"]
     if Path("/sys/fs/cgroup").is_dir():
         argv += ["--ro-bind", "/sys", "/sys"]
     argv += ["--size", str(limits.file_bytes), "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108 - a private one

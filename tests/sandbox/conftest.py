@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sandbox_traces import HERE, UNHELD
+from sandbox_traces import HERE, TABLE, UNHELD
 
 import sandbox
 from sandbox.cgroup import Leaf
@@ -20,6 +20,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("CGROUP_VM"):
         pytest.fail(f"inside the machine limits must be enforced: {HERE.reason}")
     pytest.skip("no enforced limits on this host: test_sandbox_vm.py runs this inside tools/cgroup-vm")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What contained each attack."""
+    for attack, mode, by, layers in TABLE:
+        terminalreporter.write_line(f"contained  {attack:62}  {mode:13}  by {by}  [{layers}]")
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ import sandbox
 HERE = sandbox.probe()  # once: the answer cannot change while the tests run
 UNHELD = sandbox.Capability(sandbox.EnforcedBy.RLIMITS, reason="the test wants none")
 
+TABLE: list[tuple[str, str, str, str]] = []  # attack, how it ran, contained by, all layers; printed at the end
+
 
 def alive(pid: int) -> bool:
     """Is there a process of that number that still does something? A zombie waits for a parent that may never ask."""
