@@ -31,7 +31,7 @@ from actions.parameters import (
     malformed,
     placeholders,
 )
-from sandbox.model import MIB, Limits
+from sandbox.model import MIB, Limits, Needs
 
 Where = Literal["host", "network"]
 BlastRadius = Literal["none", "session", "process", "service", "host"]
@@ -68,10 +68,13 @@ class Risk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Secret(msgspec.Struct, frozen=True, kw_only=True):
-    """An environment variable handed through to the action. Its value never enters an argv, a plan or the journal."""
+    """An environment variable handed through to the action. Its value never enters an argv, a plan or the journal, and
+    is taken out of captured output. `by`: `descriptor` puts it into a file in memory whose descriptor's number is in
+    the variable NAME_FD, so that it stays out of the environment, too."""
 
     name: str
     required: bool = True
+    by: Literal["environment", "descriptor"] = "environment"
 
 
 class Precondition(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +107,7 @@ class ActionDefinition(msgspec.Struct, frozen=True, kw_only=True):
     risk: Risk
     limits: Limits = Limits()
     environment: tuple[Secret, ...] = ()
+    needs: Needs = Needs()
     user: str = ""
     source: str = ""
 
@@ -351,6 +355,7 @@ def _definition(data: object, where: str, faults: list[str]) -> ActionDefinition
         risk=_risk(keys.take("risk", dict, ..., "a mapping"), f"{where}.risk", faults),
         limits=_limits(keys.take("limits", dict, {}, "a mapping"), f"{where}.limits", faults),
         environment=_environment(keys.items("environment"), f"{where}.environment", faults),
+        needs=_needs(keys.take("needs", dict, {}, "a mapping"), f"{where}.needs", faults),
         user=keys.text("user", "", re.compile(r"[a-z_][a-z0-9_-]*")),
         source=where,
     )
@@ -469,9 +474,29 @@ def _environment(data: list[Any], where: str, faults: list[str]) -> tuple[Secret
     found = []
     for i, body in enumerate(data):
         keys = _Keys(body, f"{where}[{i}]", faults)
-        found.append(Secret(name=keys.text("name", pattern=_ENV_NAME), required=keys.flag("required", True)))
+        name, required = keys.text("name", pattern=_ENV_NAME), keys.flag("required", True)
+        by = keys.choice("by", ("environment", "descriptor"), "environment")
+        found.append(Secret(name=name, required=required, by=by))
         keys.done()
     return tuple(found)
+
+
+def _needs(data: Mapping[str, Any], where: str, faults: list[str]) -> Needs:
+    keys, base = _Keys(data, where, faults), Needs()
+    write = keys.take("write", list, list(base.write), "a list of absolute paths")
+    if not all(isinstance(path, str) and path.startswith("/") and ".." not in path.split("/") for path in write):
+        keys.fault("write", "every element must be an absolute path")
+    needs = Needs(
+        network=keys.choice("network", ("none", "loopback", "any"), base.network),
+        processes=keys.choice("processes", ("own", "host"), base.processes),
+        write=tuple(write),
+        inspect=keys.flag("inspect", base.inspect),
+        isolation=keys.choice("isolation", ("automatic", "required"), base.isolation),
+    )
+    keys.done()
+    if needs.isolation == "required" and not needs.restricted:
+        keys.fault("isolation", "is required, but these needs leave nothing to isolate")
+    return needs
 
 
 def _check_program(argv: tuple[str, ...], where: str, faults: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from sandbox.model import Limits, RunResult
+from sandbox.model import Limits, Needs, RunResult
 
 ParamValue = str | int | float | bool
 Autonomy = Literal["observe", "suggest", "approve", "auto"]
@@ -112,8 +112,11 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     check: tuple[str, ...] = ()  # exit 0: it has happened; 1: it has not; anything else: cannot tell
     undo: tuple[str, ...] = ()  # empty: the action states `undo: none`
     environment: tuple[str, ...] = ()  # names of variables handed through (secrets stay out of the journal)
+    descriptors: tuple[str, ...] = ()  # those of them that come by descriptor: the variable NAME_FD holds its number
     limits: Limits = Limits()
+    needs: Needs = Needs()
     user: str = ""
+    host: str = ""  # where it runs, by the name in the inventory; "": here
     idempotent: bool = False
     read_only: bool = False
     params: dict[str, ParamValue] = {}

@@ -26,7 +26,7 @@ from actions.guard import describe
 from actions.model import BreakerMoved, Declined, Plan, Refusal, Step, StepMoved, StepState, check_move
 from sandbox import SandboxUnavailable
 from sandbox.failpoint import failpoint
-from sandbox.model import Limits, Protection, RunResult
+from sandbox.model import Limits, Needs, Protection, RunResult
 
 _S = StepState
 CLOSING = (_S.DENIED, _S.EXPIRED, _S.CANCELLED)
@@ -59,6 +59,9 @@ class Sandbox(Protocol):
         stdin: bytes = b"",
         protection: Protection = "automatic",
         leaf: str = "",
+        needs: Needs | None = None,
+        secrets: Mapping[str, str] | None = None,
+        redact: Sequence[str] = (),
     ) -> RunResult: ...
     async def kill_leaf(self, leaf: str, deadline_seconds: float) -> bool: ...
     def leaf_name(self) -> str: ...
@@ -383,7 +386,9 @@ class Runner:
     async def _effect(self, plan: Plan, step: Step, argv: tuple[str, ...], leaf: str) -> RunResult | None:
         """The run's result; None when the sandbox itself failed, so that nobody knows whether it happened."""
         secrets = {n: self._settings.secrets[n] for n in step.environment if n in self._settings.secrets}
-        extra = {**self._settings.environment(plan), **secrets}
+        by_descriptor = {n: value for n, value in secrets.items() if n in step.descriptors}
+        by_name = {n: value for n, value in secrets.items() if n not in step.descriptors}
+        extra = {**self._settings.environment(plan), **by_name}
         try:
             async with asyncio.timeout(step.limits.timeout_seconds + self._settings.grace_seconds):
                 return await self._sandbox.run(
@@ -393,6 +398,9 @@ class Runner:
                     user=step.user or self._settings.user,
                     protection=self._settings.protection,
                     leaf=leaf,
+                    needs=step.needs,
+                    secrets=by_descriptor,
+                    redact=tuple(by_name.values()),
                 )
         except SandboxUnavailable as error:
             return RunResult(exit_code=None, error=str(error))

@@ -92,7 +92,8 @@ async def serve(config: Config, ready: Callable[[str], None] | None = None) -> i
 @contextlib.asynccontextmanager
 async def running(config: Config) -> AsyncIterator[App]:
     """The whole service, for the time of the block."""
-    sandbox.use(sandbox.probe(config.sandbox.parent))
+    sandbox.use(sandbox.probe(config.sandbox.parent, config.sandbox.total))
+    sandbox.absent_layers()  # found out now, by trying: health then only reads it
     for leaf in await sandbox.sweep(SWEEP_SECONDS):
         logger.warning("ended %s: a run of an agent that is dead", leaf)
     catalog = load_catalog(config.actions.dirs, config.actions.disable)
@@ -401,7 +402,12 @@ class App:
                 "prometheus": self.config.prometheus.url or "not configured",
                 "alertmanager": self._alertmanager.text if self.config.alertmanager.url else "not configured",
             },
-            "sandbox": {"enforced_by": capability.enforced_by, "reason": capability.reason},
+            "sandbox": {
+                "enforced_by": capability.enforced_by,
+                "reason": capability.reason,
+                "layers": sandbox.host_layers(),
+                "absent_layers": sandbox.absent_layers(),
+            },
             "paused": self.store.state.is_paused,
         }
 

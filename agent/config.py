@@ -28,7 +28,7 @@ from actions.breaker import BreakerPolicy
 from agent.config_checks import check
 from agent.strict import ConfigError, Document, Fault, kind, variables
 from agent.strict_kinds import Secret
-from sandbox.model import Protection
+from sandbox.model import Protection, Totals
 
 __all__ = ["Config", "ConfigError", "Fault", "Secret", "default_state_dir", "load"]
 
@@ -268,6 +268,7 @@ class Sandbox(Struct, frozen=True, kw_only=True):
     allow_unenforced_auto: bool = False
     user: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]*\Z", max_length=64)] = ""
     parent: str = ""  # cgroup v2 directory under which leaves are made; "": found by itself
+    total: Totals = Totals()
 
 
 class Kubernetes(Struct, frozen=True, kw_only=True):

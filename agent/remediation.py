@@ -68,6 +68,7 @@ class Remediation:
     ) -> None:
         self._config, self._catalog, self._store, self._telemetry = config, catalog, store, telemetry
         self._clock = clock
+        self._descriptors = {s.name for d in catalog for s in d.environment if s.by == "descriptor"}
         self._verifier = verifier
         self._policy, self._inventory = config.guard_policy, config.inventory_strings
         self._environment_secrets = self._secrets()
@@ -204,12 +205,16 @@ class Remediation:
         """Runs the read-only look-ups of a plan in the making."""
 
         async def read(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str]) -> RunResult:
+            by_descriptor = {name: value for name, value in secrets.items() if name in self._descriptors}
+            by_name = {name: value for name, value in secrets.items() if name not in self._descriptors}
             return await sandbox.run(
                 argv,
                 limits,
-                env={**self._environment(incident), **secrets},
+                env={**self._environment(incident), **by_name},
                 user=self._config.sandbox.user,
                 protection=self._config.sandbox.protection,
+                secrets=by_descriptor,
+                redact=tuple(by_name.values()),
             )
 
         return read

@@ -6,8 +6,9 @@ Called by `actions.runner`. Never decides whether something may run, and never p
 from sandbox.capability import Capability, SandboxUnavailable, probe
 from sandbox.execution import current, kill_leaf, leaf_name, run, sweep, use
 from sandbox.hardening import absent as absent_layers
+from sandbox.hardening import present as host_layers
 from sandbox.hardening import shield
-from sandbox.model import EnforcedBy, Layer, Limits, Needs, Protection, RunResult
+from sandbox.model import EnforcedBy, Layer, Limits, Needs, Protection, RunResult, Totals
 
 __all__ = [
     "Capability",
@@ -18,8 +19,10 @@ __all__ = [
     "Protection",
     "RunResult",
     "SandboxUnavailable",
+    "Totals",
     "absent_layers",
     "current",
+    "host_layers",
     "kill_leaf",
     "leaf_name",
     "probe",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox import cgroup
-from sandbox.model import EnforcedBy, Limits
+from sandbox.model import EnforcedBy, Limits, Totals
 
 _HELP_MOUNT = (
     "mount a writable cgroup v2 hierarchy: boot with systemd.unified_cgroup_hierarchy=1; under systemd give the unit "
@@ -49,12 +49,13 @@ class _Unusable(Exception):  # noqa: N818
     """A base cgroup that cannot be used, with the reason in words."""
 
 
-def probe(parent: str = "") -> Capability:
+def probe(parent: str = "", totals: Totals | None = None) -> Capability:
     """Finds where leaves can be made and what limits hold there. Blocks for some milliseconds; never raises.
 
     `parent` is a cgroup directory given to the agent (it must lie in a cgroup v2 mount). Without it, in this order: the
     agent's own cgroup if it is delegated to us (`Delegate=yes`, a container's root, chowned to our user), else the root
     of the hierarchy. In a delegated tree, processes in the way are moved into a leaf of their own (`cgroup.enable`).
+    `totals` are written to the node above the leaves; without them it is left as it is.
     """
     try:
         found = cgroup.mounts(Path("/proc/self/mountinfo").read_text())
@@ -68,7 +69,7 @@ def probe(parent: str = "") -> Capability:
         try:
             if not any(base.is_relative_to(m.point) for m in found):
                 raise _Unusable("it is not in a cgroup v2 mount")
-            return _try(base, owned=owned, v1=":memory:" in own)
+            return _try(base, totals, owned=owned, v1=":memory:" in own)
         except _Unusable as x:
             reasons.append(f"{base}: {x}")
         except OSError as x:
@@ -105,11 +106,13 @@ def _delegated(directory: Path, mount: cgroup.Mount) -> bool:
     return os.geteuid() != 0 and directory.stat().st_uid == os.geteuid()
 
 
-def _try(base: Path, *, owned: bool, v1: bool) -> Capability:
+def _try(base: Path, totals: Totals | None, *, owned: bool, v1: bool) -> Capability:
     """Makes the node below `base` and a trial leaf in it. _Unusable or OSError: not here."""
     cgroup.enable(base, owned=owned)
     node = cgroup.node_under(base)
     controllers = cgroup.enable(node, owned=False)
+    if totals is not None:
+        cgroup.limit_node(node, totals)
     trial = cgroup.Leaf.create(node, f"probe-{secrets.token_hex(8)}")
     try:
         if not (trial.path / "cgroup.kill").exists():

@@ -23,7 +23,7 @@ from typing import Any
 from cgroupspy.nodes import Node
 from cgroupspy.trees import Tree
 
-from sandbox.model import Limits
+from sandbox.model import Limits, Totals
 
 NODE = "alertmedic"  # holds the leaves; shared by all agents of a host, whose leaf names are unique
 AGENT_LEAF = "alertmedic-agent"  # where the processes of a delegated cgroup go, so that it may have controllers
@@ -106,6 +106,20 @@ def node_under(base: Path) -> Path:
     """The node that holds the leaves, made below `base` if it is not there. OSError if it cannot be made."""
     Node(os.fsencode(base)).create_cgroup(NODE)
     return base / NODE
+
+
+def limit_node(node: Path, totals: Totals) -> None:
+    """What all leaves together may use; a controller that the node itself does not have limits nothing."""
+    period = Limits().cpu_period_us
+    cpu = f"{period * totals.cpu_percent // 100} {period}" if totals.cpu_percent else f"max {period}"
+    wanted = {
+        "cpu.max": cpu,
+        "memory.max": str(totals.memory_bytes or "max"),
+        "pids.max": str(totals.pids or "max"),
+    }
+    for name, value in wanted.items():
+        if (node / name).exists():
+            write(node, name, value)
 
 
 def enable(directory: Path, *, owned: bool) -> frozenset[str]:

@@ -124,6 +124,13 @@ def _bounding_set_can_shrink() -> bool:
     return False
 
 
+def present() -> list[str]:
+    """The layers that this host gives to a run that asks for them, beside its cgroup."""
+    missing = absent()
+    offered = [Layer.NAMESPACES, Layer.NO_NETWORK, Layer.USER, Layer.CAPABILITIES, Layer.SECCOMP]
+    return [layer.value for layer in (*offered, Layer.NO_NEW_PRIVS, Layer.RLIMITS) if layer.value not in missing]
+
+
 def absent() -> dict[str, str]:
     """The layers that this host does not give, each with the reason and what to do about it."""
     reasons = {Layer.SECCOMP: syscalls.unavailable(), Layer.NAMESPACES: namespaces.unavailable()}
@@ -131,6 +138,8 @@ def absent() -> dict[str, str]:
         reasons[Layer.CAPABILITIES] = "CAP_SETPCAP is missing: the bounding set cannot be reduced"
     if os.geteuid() != 0:
         reasons[Layer.USER] = "only an agent that runs as root can run steps as another user"
+    if reasons[Layer.SECCOMP] and reasons[Layer.NAMESPACES]:
+        reasons[Layer.NO_NETWORK] = "neither namespaces nor seccomp"
     return {layer.value: reason for layer, reason in reasons.items() if reason}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -67,6 +67,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_bytes: int = 64 * 1024  # of stdout and of stderr, each; the rest is counted and dropped
     open_files: int = 64
     file_bytes: int = 64 * MIB  # RLIMIT_FSIZE
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Limits of all runs together, on the cgroup above their leaves. 0: none."""
+
+    cpu_percent: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 100  # of one CPU
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 1024 * MIB
+    pids: Annotated[int, msgspec.Meta(ge=0, le=4_194_304)] = 512
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

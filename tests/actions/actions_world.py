@@ -81,6 +81,7 @@ class ScriptedSandbox:
         stdin: bytes = b"",
         protection: Protection = "automatic",
         leaf: str = "",
+        **_: object,
     ) -> RunResult:
         await asyncio.sleep(0)
         self.ran.append(tuple(argv))

@@ -283,3 +283,40 @@ def test_a_catalogue_knows_its_actions_by_name() -> None:
     assert catalog.get("test.restart") == definition()
     assert catalog.get("test") is None
     assert not isinstance(catalog.choose("test.restart", {}), Declined)
+
+
+NEEDY = {
+    "name": "some.thing",
+    "description": "x",
+    "parameters": {},
+    "target": "it",
+    "argv": ["true"],
+    "undo": "none",
+    "idempotent": True,
+    "risk": {"reversible": False, "blast_radius": "none", "changes": "nothing", "auto": "never"},
+}
+
+
+def test_what_a_program_needs_and_how_its_secrets_come() -> None:
+    declared = {"network": "none", "processes": "own", "write": ["/var/log"], "isolation": "required"}
+    secrets = [{"name": "TOKEN", "by": "descriptor"}, {"name": "PLAIN"}]
+    action = parse_action({**NEEDY, "needs": declared, "environment": secrets}, "here")
+    assert action.needs.restricted
+    assert (action.needs.network, action.needs.write) == ("none", ("/var/log",))
+    assert [s.by for s in action.environment] == ["descriptor", "environment"]
+    assert not parse_action(NEEDY, "here").needs.restricted, "nothing declared: everything may be needed"
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ({"network": "some"}, "needs.network"),
+        ({"write": ["relative"]}, "needs.write"),
+        ({"write": ["/a/../b"]}, "needs.write"),
+        ({"isolation": "required"}, "leave nothing to isolate"),
+        ({"netwrok": "none"}, "needs.netwrok"),
+    ],
+)
+def test_needs_that_make_no_sense(needs: dict[str, object], words: str) -> None:
+    with pytest.raises(CatalogError, match=words):
+        parse_action({**NEEDY, "needs": needs}, "here")

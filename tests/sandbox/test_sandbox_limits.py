@@ -273,6 +273,23 @@ def test_a_named_parent_is_used(tree: Path) -> None:
     assert (found.enforced_by, found.root, found.reason) == (EnforcedBy.CGROUP2, tree / "alertmedic", "")
 
 
+async def test_all_runs_together_have_limits_too(tree: Path) -> None:
+    """Four programs, each well within its own limit, that together want more than there is for all."""
+    totals = sandbox.Totals(memory_bytes=48 * MIB, pids=9, cpu_percent=50)
+    found = sandbox.probe(str(tree), totals)
+    assert [(tree / "alertmedic" / f).read_text().strip() for f in ("memory.max", "pids.max", "cpu.max")] == [
+        str(48 * MIB),
+        "9",
+        "50000 100000",
+    ]
+    sandbox.use(found)
+    hold = "b = bytearray(24 << 20); import time; time.sleep(1)"
+    limits = Limits(memory_bytes=64 * MIB, cpu_quota_us=FULL, timeout_seconds=60)
+    results = await asyncio.gather(*(run([*PYTHON, hold], limits) for _ in range(4)))
+    assert any(r.oom_killed for r in results), results
+    assert all(r.memory_peak_bytes is not None and r.memory_peak_bytes < 48 * MIB for r in results)
+
+
 def test_a_container_with_its_own_cgroup_namespace(tree: Path) -> None:
     """A pod with a writable cgroup: its namespace's root is not the real one, and its processes are in it."""
     remount = 'umount /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec "$@"'
