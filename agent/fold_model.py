@@ -9,7 +9,6 @@ The life of an incident (`INCIDENT_MOVES`); every edge and who takes it:
     open -> investigating                 an incident task starts
     open -> escalated                     it cannot be looked at at all (reason says why)
     investigating -> diagnosed            ranked, or "insufficient evidence"
-    investigating -> open                 the task was interrupted (drain, crash): it waits again
     investigating -> escalated            the investigation itself broke; a person gets it
     diagnosed -> suggested                a plan a person may carry out; nothing runs
     suggested -> awaiting_approval        a person made a request of the suggestion
@@ -24,7 +23,6 @@ The life of an incident (`INCIDENT_MOVES`); every edge and who takes it:
     acting -> escalated                   failed, undone, handed over
     declined -> escalated                 nothing may be done: a person gets it
     verifying -> resolved                 the series that justified it are good again
-    verifying -> acting                   next step of a plan that verifies each, or undo because the series stay bad
     verifying -> escalated                still bad, and nothing left to try
     {diagnosed, suggested, awaiting_approval, declined, verifying} -> investigating
                                           new alerts or new evidence: another round (also when Alertmanager said
@@ -72,7 +70,7 @@ class IncidentState(StrEnum):
 _I = IncidentState
 INCIDENT_MOVES: dict[IncidentState, frozenset[IncidentState]] = {
     _I.OPEN: frozenset({_I.INVESTIGATING, _I.VERIFYING, _I.ESCALATED}),
-    _I.INVESTIGATING: frozenset({_I.DIAGNOSED, _I.OPEN, _I.VERIFYING, _I.ESCALATED}),
+    _I.INVESTIGATING: frozenset({_I.DIAGNOSED, _I.VERIFYING, _I.ESCALATED}),
     _I.DIAGNOSED: frozenset(
         {_I.SUGGESTED, _I.AWAITING_APPROVAL, _I.ACTING, _I.DECLINED, _I.VERIFYING, _I.INVESTIGATING}
     ),
@@ -80,7 +78,7 @@ INCIDENT_MOVES: dict[IncidentState, frozenset[IncidentState]] = {
     _I.AWAITING_APPROVAL: frozenset({_I.ACTING, _I.DECLINED, _I.VERIFYING, _I.INVESTIGATING}),
     _I.ACTING: frozenset({_I.VERIFYING, _I.DECLINED, _I.ESCALATED}),
     _I.DECLINED: frozenset({_I.ESCALATED, _I.VERIFYING, _I.INVESTIGATING}),
-    _I.VERIFYING: frozenset({_I.RESOLVED, _I.ESCALATED, _I.INVESTIGATING, _I.ACTING}),
+    _I.VERIFYING: frozenset({_I.RESOLVED, _I.ESCALATED, _I.INVESTIGATING}),
     _I.RESOLVED: frozenset({_I.OPEN}),
     _I.ESCALATED: frozenset({_I.OPEN}),
 }

@@ -62,6 +62,10 @@ class Remediation:
 
     plan: Plan | Declined = field(default_factory=lambda: Declined(reason=Refusal.NO_PROPOSAL))
     outcome: PlanOutcome | Exception = field(default_factory=lambda: RuntimeError("unset"))
+    refusal: Declined | None = None
+
+    def recheck(self, incident: Incident) -> Declined | None:
+        return self.refusal
 
     async def consider(self, incident: Incident) -> Plan | Declined:
         return self.plan
