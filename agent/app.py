@@ -392,6 +392,7 @@ class App:
                 "unavailable": journal.unavailable or self.store.stopped,
                 "torn": journal.torn,
             },
+            "fold": dict(zip(("behind_records", "behind_seconds"), self.store.behind, strict=True)),
             "queue": {
                 "waiting": self.schedule.depth(),
                 "watermark": self.schedule.watermark,
@@ -428,6 +429,7 @@ class App:
             segments=journal.segments,
             last_fsync_seconds=journal.sync_seconds,
         )
+        self.telemetry.set_fold(*self.store.behind)
 
 
 def _disk(directory: Path) -> dict[str, object]:

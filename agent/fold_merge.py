@@ -51,15 +51,23 @@ class Merge:
         if at > state.now:
             state.now = at
         for alert in record.alerts:
-            service = alert.labels.get(label, "")
-            fingerprint = alert.fingerprint
+            labels, fingerprint = alert.labels, alert.fingerprint
+            service = labels.get(label, "")
             # popped and set again it is the newest, so that forgetting goes from the front
             known = digests.pop((tenant, fingerprint), None)
-            incident = (
-                self._firing(alert, service, known)
-                if alert.status == "firing"
-                else self._resolved(alert, service, known)
-            )
+            incident: Incident | None
+            if alert.status == "resolved":
+                incident = self._resolved(alert, service, known)
+            else:
+                # Most follow the first one of their group; what they would do to its incident is done.
+                incident = (
+                    self.group if known is None and self.group is not None else self._firing(alert, service, known)
+                )
+                if (name := (incident.id, labels.get("alertname", ""), service)) not in self.indexed:
+                    self.indexed.add(name)
+                    self._index(incident, name[1], service)
+                if fingerprint in incident.fresh or len(incident.fresh) < MAX_ALERTS:
+                    incident.fresh[fingerprint] = self.seq
             if incident is None:
                 digests[tenant, fingerprint] = Current(alert.digest, alert.status, at, "")
                 continue
@@ -103,9 +111,6 @@ class Merge:
         if self.record.at > incident.last_alert_at:
             incident.last_alert_at = self.record.at
         incident.last_firing_seq = self.seq
-        if alert.fingerprint in incident.fresh or len(incident.fresh) < MAX_ALERTS:
-            incident.fresh[alert.fingerprint] = self.seq
-        self._index(incident, alert.name, service)
         return incident
 
     def _key(self, name: str, service: str) -> str:
@@ -176,9 +181,6 @@ class Merge:
     def _index(self, incident: Incident, name: str, service: str) -> None:
         """What the incident may be found by from now on. A name over the bound is not indexed: it would never leave."""
         index, tenant, id = self.state.index, incident.tenant, incident.id
-        if (id, name, service) in self.indexed:
-            return
-        self.indexed.add((id, name, service))
         key = self._key(name, service)
         at = ("group", tenant, key)
         if index.get(at) != id and _named(incident.keys, key):

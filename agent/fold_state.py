@@ -236,17 +236,18 @@ class State:
             del self.breakers[next(iter(self.breakers))]
 
     def _forget_digests(self) -> None:
-        old = self.now - self.policy.digest_seconds
-        for _ in range(min(1024, len(self.digests))):
-            key = next(iter(self.digests))
-            known = self.digests[key]
+        # Looked up from the front once: what was deleted there is scanned again by every new iteration.
+        digests, policy = self.digests, self.policy
+        old = self.now - policy.digest_seconds
+        for key in list(islice(digests, 1024)):
+            known = digests[key]
             if known.at >= old:
                 break
-            del self.digests[key]
+            del digests[key]
             if known.status == "firing" and known.incident in self.live:
-                self.digests[key] = known  # still wanted: its resolve finds the incident through it
-        while len(self.digests) > self.policy.digests:
-            del self.digests[next(iter(self.digests))]
+                digests[key] = known  # still wanted: its resolve finds the incident through it
+        for key in list(islice(digests, max(0, len(digests) - policy.digests))):
+            del digests[key]
 
     def _forget_incident(self, id: str) -> None:
         incident = self.incidents.pop(id)

@@ -15,6 +15,7 @@ import msgspec
 from actions.model import STEP_FINAL, IllegalMove, Refusal, StepState
 from actions.model import check_move as check_step_move
 from agent import fold_story as story
+from agent.alerts import decode_usual, usual_alert
 from agent.fold_merge import Merge
 from agent.fold_model import (
     FINAL,
@@ -49,6 +50,7 @@ from agent.journal.records import (
     IncidentMoved,
     Noted,
     PauseSet,
+    PayloadReceived,
     PlanDeclined,
     PlanMade,
     Record,
@@ -80,6 +82,7 @@ __all__ = [
     "check",
     "check_move",
     "incident_id",
+    "read_received",
 ]
 
 FORGET_EVERY = 256  # records; by sequence number, so that every replay forgets at the same places
@@ -111,6 +114,8 @@ def apply(state: State, stored: Stored) -> Changes:
 
 def _apply(state: State, seq: int, record: Record) -> Changes:
     match record:
+        case PayloadReceived():
+            return Merge(state, seq, read_received(record)).run()
         case AlertsReceived():
             return Merge(state, seq, record).run()
         case IncidentMoved():
@@ -150,6 +155,23 @@ def _apply(state: State, seq: int, record: Record) -> Changes:
             return NOTHING
         case _:
             assert_never(record)
+
+
+def read_received(record: PayloadReceived) -> AlertsReceived:
+    """What the journalled body says, without the alerts that were known already. Raises ValueError when it cannot be
+    read, which intake has made sure of."""
+    sent, known = decode_usual(record.body), record.known
+    return AlertsReceived(
+        at=record.at,
+        tenant=record.tenant,
+        receiver=sent.receiver,
+        group_key=sent.groupKey,
+        group_labels=sent.groupLabels,
+        external_url=sent.externalURL,
+        alerts=tuple([usual_alert(e, record.tenant) for n, e in enumerate(sent.alerts) if n not in known]),
+        truncated=sent.truncatedAlerts,
+        traceparent=record.traceparent,
+    )
 
 
 def check(state: State, record: Record) -> None:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
+
+import msgspec
 
 from agent.alerts import (
     DEFAULT_BOUNDS,
@@ -25,10 +27,15 @@ from agent.alerts import (
     Bounds,
     Payload,
     PayloadError,
+    UsualAlert,
+    UsualPayload,
     body_digest,
+    decode_usual,
     parse_payload,
+    usual_digest,
+    usual_payload,
 )
-from agent.journal.records import AlertQuarantined, AlertsReceived, Record
+from agent.journal.records import AlertQuarantined, AlertsReceived, PayloadReceived
 from agent.journal.wal import JournalError, JournalUnavailable
 from agent.store import Store
 from rules.model import Alert
@@ -40,6 +47,7 @@ REMEMBERED_TENANTS: Final = 200
 
 Source = Literal["webhook", "reconcile"]
 _Key = tuple[str, str]
+_Sent = TypeVar("_Sent", Alert, UsualAlert)
 
 
 class OverloadedError(Exception):
@@ -75,14 +83,25 @@ class NothingGoodError(PayloadError):
 class _Append:
     """One request's records on their way to the disk."""
 
-    __slots__ = ("after", "digests", "done", "failure", "keys")
+    __slots__ = ("_alerts", "_body", "_states", "after", "digests", "done", "failure", "keys", "seq")
 
-    def __init__(self) -> None:
+    def __init__(self, alerts: Sequence[Alert] = (), body: bytes = b"") -> None:
+        self._alerts = alerts
+        self._body = body  # instead of `alerts`
+        self._states: list[str] = []
+        self.seq = 0  # of its newest record, once that is durable
         self.keys: list[_Key] = []  # alerts, by (tenant, fingerprint)
         self.digests: list[_Key] = []  # quarantine records, by (tenant, digest)
         self.after: set[_Append] = set()  # appends that this request's duplicates rest on
         self.failure = ""
         self.done = asyncio.Event()
+
+    def state(self, index: int) -> str:
+        """Digest of one of the request's alerts. Nearly nobody asks: the same alert has to come again meanwhile."""
+        if not self._states:
+            usual = decode_usual(self._body).alerts if self._body else ()
+            self._states = [usual_digest(entry) for entry in usual] or [alert.digest for alert in self._alerts]
+        return self._states[index]
 
 
 class Intake:
@@ -104,7 +123,9 @@ class Intake:
         self._max_bytes = max_bytes
         self.requests = 0  # being handled
         self.bytes = 0  # of bodies being held
-        self._pending: dict[_Key, tuple[str, _Append]] = {}  # newest digest under way, by (tenant, fingerprint)
+        # newest state under way, by (tenant, fingerprint): which alert of which request
+        self._pending: dict[_Key, tuple[_Append, int]] = {}
+        self._finished: deque[_Append] = deque()  # durable and perhaps not yet applied
         self._keeping: dict[_Key, _Append] = {}  # quarantine records under way, by (tenant, digest)
         # tenant -> digests of quarantined bodies, both least recently met first
         self._remembered: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
@@ -141,6 +162,8 @@ class Intake:
         good), JournalUnavailable when nothing could be promised. `tenant` is checked by the caller.
         """
         failpoint("intake_before_parse")
+        if self._bounds is DEFAULT_BOUNDS and (usual := usual_payload(body)) is not None:
+            return await self._take_usual(usual, body, tenant, traceparent)
         try:
             payload = parse_payload(body, tenant, self._bounds)
         except PayloadError as error:
@@ -153,8 +176,9 @@ class Intake:
     async def take(self, payload: Payload, *, traceparent: str = "", source: Source = "webhook") -> Accepted:
         """A payload that was parsed already; for the rest like `receive`."""
         tenant = payload.tenant
-        append = _Append()
-        fresh = self._fresh(payload, append)
+        append = _Append(payload.alerts)
+        known = self._known(payload.alerts, tenant, append, _digest)
+        fresh = [alert for n, alert in enumerate(payload.alerts) if n not in known]
         records: list[AlertsReceived] = []
         if fresh:
             records.append(
@@ -180,37 +204,60 @@ class Intake:
             raise NothingGoodError(quarantined)
         return Accepted(len(fresh), len(payload.alerts) - len(fresh), quarantined)
 
-    def _fresh(self, payload: Payload, append: _Append) -> list[Alert]:
-        """The alerts that are neither recorded nor under way, from now on under way in `append`."""
-        tenant = payload.tenant
-        pending = self._pending
+    async def _take_usual(self, usual: UsualPayload, body: bytes, tenant: str, traceparent: str) -> Accepted:
+        append = _Append(body=body)
+        known = self._known(usual.alerts, tenant, append, usual_digest)
+        count = len(usual.alerts)
+        del usual  # what waits for the disk is the body alone
+        if len(known) == count:
+            await self._commit(append, ())
+        else:
+            record = PayloadReceived(
+                at=self._clock(), tenant=tenant, traceparent=traceparent, known=known, body=msgspec.Raw(body)
+            )
+            await self._commit(append, (), (record,))
+        return Accepted(count - len(known), len(known))
+
+    def _known(
+        self, alerts: Sequence[_Sent], tenant: str, append: _Append, digest: Callable[[_Sent], str]
+    ) -> tuple[int, ...]:
+        """Indexes of the alerts that are recorded or under way; the others are from now on under way in `append`."""
+        self._forget_applied()
+        pending, keys = self._pending, append.keys
         current = self._store.state.digests.get
-        fresh: list[Alert] = []
-        for alert in payload.alerts:
+        known: list[int] = []
+        for index, alert in enumerate(alerts):
             key = (tenant, alert.fingerprint)
-            under_way = pending.get(key)
-            if under_way is not None:
-                if under_way[0] == alert.digest:
-                    append.after.add(under_way[1])
+            if (under_way := pending.get(key)) is not None:
+                other, place = under_way
+                if other.state(place) == digest(alert):
+                    append.after.add(other)
+                    known.append(index)
                     continue
-            elif (known := current(key)) is not None and known.digest == alert.digest:
+            elif (recorded := current(key)) is not None and recorded.digest == digest(alert):
+                known.append(index)
                 continue
-            pending[key] = (alert.digest, append)
-            append.keys.append(key)
-            fresh.append(alert)
-        return fresh
+            pending[key] = (append, index)
+            keys.append(key)
+        return tuple(known)
 
     async def _commit(
-        self, append: _Append, bad: Sequence[AlertQuarantined], received: Sequence[AlertsReceived] = ()
+        self,
+        append: _Append,
+        bad: Sequence[AlertQuarantined],
+        received: Sequence[AlertsReceived | PayloadReceived] = (),
     ) -> None:
         """Records what is new and waits until that, and whatever `append` comes after, is durable."""
-        records: list[Record] = [*received, *(record for record in bad if self._quarantine(record, append))]
+        records: list[AlertsReceived | PayloadReceived | AlertQuarantined] = [
+            *received,
+            *(record for record in bad if self._quarantine(record, append)),
+        ]
         append.after.discard(append)
         if records:
             failpoint("intake_before_record")
             append.failure = "the request that was recording it was interrupted"
             try:
-                await self._store.record(*records)
+                append.seq = await self._store.append(*records)
                 append.failure = ""
             except JournalError as error:
                 append.failure = str(error)
@@ -224,15 +271,28 @@ class Intake:
                 raise JournalUnavailable(f"the same alert's earlier request was not recorded: {other.failure}")
 
     def _finish(self, append: _Append) -> None:
-        for key in append.keys:
-            under_way = self._pending.get(key)
-            if under_way is not None and under_way[1] is append:
-                del self._pending[key]
+        if append.failure:
+            self._forget(append)
+        else:
+            self._finished.append(append)
+            self._forget_applied()
         for tenant, digest in append.digests:
             del self._keeping[tenant, digest]
             if not append.failure:
                 self._remember(tenant, digest)
         append.done.set()
+
+    def _forget_applied(self) -> None:
+        """What is applied is under way no more: the state knows it."""
+        applied, finished = self._store.state.seq, self._finished
+        while finished and finished[0].seq <= applied:
+            self._forget(finished.popleft())
+
+    def _forget(self, append: _Append) -> None:
+        pending = self._pending
+        for key in append.keys:
+            if (under_way := pending.get(key)) is not None and under_way[0] is append:
+                del pending[key]
 
     # -- quarantine
 
@@ -277,3 +337,7 @@ class Intake:
         return AlertQuarantined(
             at=self._clock(), tenant=tenant, digest=digest, path=path, reason=reason, index=index, head=head
         )
+
+
+def _digest(alert: Alert) -> str:
+    return alert.digest

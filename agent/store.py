@@ -1,14 +1,18 @@
 """The journal and the state it makes: the one place where facts enter the service.
 
-Everybody who has a fact to tell calls `record`; everybody who wants to know reads `state` or subscribes. A record is
-durable before it is applied, is applied exactly once in order of its sequence number, and only then are listeners told.
-`open` rebuilds the state from the latest snapshot and what follows it. Never decides anything about alerts or incidents
-(that is the fold's), never drops or reorders a record.
+Everybody who has a fact to tell calls `record`, or `append` for alerts from outside; everybody who wants to know reads
+`state` or subscribes. A record is durable before it is applied, is applied exactly once in order of its sequence
+number, and only then are listeners told. `record` returns when it is applied. `append` does, too, unless more than
+SMALL_BYTES wait to be applied: then a share of them is applied in each turn of the loop, so that a storm of alerts is
+acknowledged before it is folded, and the loop stays free. What waits is bounded by BEHIND_BYTES; beyond that as much is
+applied as arrives. `open` rebuilds the state from the latest snapshot and what follows it. Never decides anything about
+alerts or incidents (that is the fold's), never drops or reorders a record.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +22,13 @@ import msgspec
 from agent.incidents import Changes, FrozenState, State, StateError, apply, check
 from agent.journal.files import Files, JournalCorrupt, JournalFailed, JournalUnavailable
 from agent.journal.records import (
+    AlertQuarantined,
+    AlertsReceived,
     ApprovalGiven,
     Diagnosed,
     IncidentMoved,
     Noted,
+    PayloadReceived,
     PlanDeclined,
     PlanMade,
     Record,
@@ -33,6 +40,9 @@ from sandbox.failpoint import failpoint
 
 Listener = Callable[[Stored, Changes], None]
 CLOSING_SNAPSHOT = 1 * MIB  # less journal than this replays quickly enough as it is
+SMALL_BYTES = 128 * 1024  # of webhooks that are applied before they are acknowledged: a millisecond or two
+TURN_BYTES = 32 * 1024  # of webhooks that are applied in each turn of the loop while more than that waits
+BEHIND_BYTES = 64 * MIB  # of webhooks that are durable and not yet applied
 
 
 class StateBehind(RuntimeError):  # noqa: N818
@@ -53,8 +63,10 @@ class Store:
     def __init__(self, wal: Wal, state: State, snapshot_bytes: int) -> None:
         self._wal = wal
         self._state = state
-        self._pending: deque[Stored] = deque()  # durable, not yet applied; in order of sequence number
-        self._sweep_scheduled = False
+        # durable, not yet applied; in order of sequence number, with size and time
+        self._pending: deque[tuple[Stored, int, float]] = deque()
+        self._pending_bytes = 0
+        self._turn_scheduled = False
         self._applying = False  # stays True when an application raised: the state is then behind the journal for good
         self._listeners: list[Listener] = []
         self._moving: dict[str, asyncio.Event] = {}  # incidents with a record under way
@@ -107,14 +119,10 @@ class Store:
         the caller, or news it has not seen: look at the state again), ValueError for what could not be read back.
         Refused by the disk: JournalUnavailable, JournalFailed. Cancelling the caller does not take a record back.
         """
-        if self._applying:
-            raise StateBehind(
-                f"record: the state stopped at {self._state.seq} while the journal went on; hint: an earlier record "
-                "could not be applied, see the first error; a restart shows it again"
-            )
+        self._check_going()
         names = sorted({id for record in records if (id := _incident_of(record))})
         if not names:
-            return self._apply_up_to(await self._wal.append(records))
+            return await self._applied(await self._wal.append(records))
         # One at a time per incident: a check against the state holds only while nothing else moves that incident.
         while waiting := [self._moving[id] for id in names if id in self._moving]:
             await waiting[0].wait()
@@ -125,7 +133,7 @@ class Store:
 
     async def _move(self, records: list[Record], names: list[str], done: asyncio.Event) -> list[Stored]:
         try:
-            return self._apply_up_to(await self._wal.append(records))
+            return await self._applied(await self._wal.append(records))
         finally:
             for id in names:
                 del self._moving[id]
@@ -146,36 +154,73 @@ class Store:
             apply(trial, Stored(trial.seq + 1, record))
         return checked
 
+    async def append(self, *records: AlertsReceived | PayloadReceived | AlertQuarantined) -> int:
+        """The same for what came from outside, which needs no check. Returns the newest sequence number when it is
+        durable; it is applied by then, or in one of the next turns of the loop (`state.seq` tells)."""
+        self._check_going()
+        stored = await self._wal.append(records)
+        if self._pending_bytes <= SMALL_BYTES:
+            self._apply_up_to(stored[-1].seq)
+        return stored[-1].seq
+
+    def _check_going(self) -> None:
+        if self._applying:
+            raise StateBehind(
+                f"record: the state stopped at {self._state.seq} while the journal went on; hint: an earlier record "
+                "could not be applied, see the first error; a restart shows it again"
+            )
+
+    async def _applied(self, stored: list[Stored]) -> list[Stored]:
+        """Returns when these, which are durable, are applied too. A long queue before them is left to the turns."""
+        while stored and self._pending_bytes > SMALL_BYTES and self._state.seq < stored[-1].seq:
+            self._check_going()
+            await asyncio.sleep(0)
+        if stored:
+            self._apply_up_to(stored[-1].seq)
+        return stored
+
     def _durable(self, stored: Sequence[Stored]) -> None:
-        """Called by the log in order of sequence number. The callers of `record`, who wake next, apply these; what is
-        left (its caller was cancelled) is swept up one turn of the loop later."""
-        self._pending.extend(stored)
-        if not self._sweep_scheduled:
-            self._sweep_scheduled = True
+        """Called by the log in order of sequence number. The callers of `record` and `append`, who wake next, apply
+        these; what is left (because it is too much, or its caller was cancelled) is applied by turns."""
+        now = time.monotonic()
+        for item in stored:
+            size = len(item.record.body) if isinstance(item.record, PayloadReceived) else 1024
+            self._pending.append((item, size, now))
+            self._pending_bytes += size
+        if not self._turn_scheduled:
+            self._turn_scheduled = True
             loop = asyncio.get_running_loop()
-            loop.call_soon(loop.call_soon, self._sweep)
+            loop.call_soon(loop.call_soon, self._turn)
 
-    def _sweep(self) -> None:
-        self._sweep_scheduled = False
+    def _turn(self) -> None:
+        self._turn_scheduled = False
+        self._apply_bytes(max(TURN_BYTES, self._pending_bytes - BEHIND_BYTES))
         if self._pending and not self._applying:
-            self._apply_up_to([self._pending[-1]])
+            self._turn_scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn)
 
-    def _apply_up_to(self, stored: list[Stored]) -> list[Stored]:
-        """Apply what is durable up to these, in order. An exception is a bug of the fold or of a listener; it comes out
-        of `record`, and after one of the fold no record is taken any more."""
-        last = stored[-1].seq if stored else 0
-        pending = self._pending
-        while pending and pending[0].seq <= last:
-            failpoint("store_before_apply")
-            item = pending.popleft()
-            self._applying = True
-            changes = apply(self._state, item)
-            self._applying = False
-            for listener in self._listeners:
-                listener(item, changes)
+    def _apply_up_to(self, seq: int) -> None:
+        while self._pending and self._pending[0][0].seq <= seq:
+            self._apply_next()
+
+    def _apply_bytes(self, size: int) -> None:
+        left = self._pending_bytes - size
+        while self._pending and self._pending_bytes > left and not self._applying:
+            self._apply_next()
+
+    def _apply_next(self) -> None:
+        """Apply the next durable record. An exception is a bug of the fold or of a listener; it comes out of `record`,
+        or the loop reports it, and after one of the fold no record is taken any more."""
+        failpoint("store_before_apply")
+        item, size, _ = self._pending.popleft()
+        self._pending_bytes -= size
+        self._applying = True
+        changes = apply(self._state, item)
+        self._applying = False
+        for listener in self._listeners:
+            listener(item, changes)
         if self._wal.bytes_since_snapshot >= self._snapshot_due and self._snapshotting is None and not self._closed:
             self._snapshotting = asyncio.get_running_loop().create_task(self._snapshot(self._state.freeze()))
-        return stored
 
     def subscribe(self, callback: Listener) -> Callable[[], None]:
         """`callback(stored, changes)` on the loop after each record is applied, in order; the result unsubscribes. It
@@ -221,13 +266,18 @@ class Store:
     def health(self) -> WalHealth:
         return self._wal.health()
 
+    @property
+    def behind(self) -> tuple[int, float]:
+        """What is durable and not yet applied: how many records, and for how many seconds the oldest of them is."""
+        return len(self._pending), time.monotonic() - self._pending[0][2] if self._pending else 0.0
+
     async def close(self) -> None:
         """What was recorded becomes durable and is applied; a snapshot makes the next start quick. Idempotent."""
         if self._closed:
             return
         self._closed = True
         await self._wal.drain()
-        self._sweep()
+        self._apply_bytes(self._pending_bytes)
         if self._snapshotting is not None:
             await asyncio.shield(self._snapshotting)
         if self._wal.bytes_since_snapshot >= CLOSING_SNAPSHOT and not self._applying and not self._wal.failed:

@@ -127,6 +127,8 @@ class Telemetry:
         self._bytes = self._gauge("journal_size_bytes", "Bytes of the journal's segments on disk.")
         self._segments = self._gauge("journal_segments", "Segments of the journal on disk.")
         self._fsync = self._gauge("journal_last_fsync_seconds", "How long the journal's last fdatasync took.")
+        self._behind = self._gauge("fold_behind_records", "Durable records that are not yet part of an incident.")
+        self._behind_for = self._gauge("fold_behind_seconds", "For how long the oldest of them has been durable.")
 
     # -- intake ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +235,10 @@ class Telemetry:
 
     def set_sandbox(self, enforced_by: EnforcedBy) -> None:
         _set_all(self._sandbox, {e.value: int(e is enforced_by) for e in EnforcedBy})
+
+    def set_fold(self, records: int, seconds: float) -> None:
+        self._behind.set(records)
+        self._behind_for.set(seconds)
 
     def set_journal(self, *, lag_bytes: int, size_bytes: int, segments: int, last_fsync_seconds: float) -> None:
         self._lag.set(lag_bytes)

@@ -8,7 +8,8 @@
 
 The load is closed loop: N connections, each sends its next request when the last was answered. A body is the captured
 ten-alert payload (8 KB) with fingerprints and start times of its own, so that nothing is a duplicate. Rounds are
-interleaved, medians are reported, and only their ratios mean anything beyond this machine.
+interleaved, medians are reported, and only their ratios mean anything beyond this machine. Of ours it also says what
+was acknowledged and not yet folded into incidents when the load ended, and how fast the rest of it was.
 
     python -m bench.webhook [SECONDS]
 """
@@ -118,7 +119,7 @@ class _Bodies:
         starts = b"2026-11-20T09:59:50.%09dZ" % self._count
         out = [self._head]
         for at in range(0, len(self._pieces) - 1, 2):
-            out += (self._pieces[at], starts, self._pieces[at + 1], b"%016x" % (self._count * 16 + at))
+            out += (self._pieces[at], starts, self._pieces[at + 1], b"%016x" % (self._count * 32 + at))
         out.append(self._pieces[-1])
         return b"".join(out)
 
@@ -201,7 +202,29 @@ async def _load(port: int, connections: int, seconds: float, pid: int) -> dict[s
         "p50_ms": latencies[count // 2] * 1e3,
         "p99_ms": latencies[min(count - 1, count * 99 // 100)] * 1e3,
         "server_cpu_us_per_request": cpu / count * 1e6,
+        **await _lag(port),
     }
+
+
+async def _lag(port: int) -> dict[str, float]:
+    """What our server has acknowledged and not yet folded, and how fast it does that now; {} of the other servers."""
+    first = await _behind(port)
+    if first is None:
+        return {}
+    begin, left = time.perf_counter(), first
+    while left:
+        left = await _behind(port) or 0
+    seconds = time.perf_counter() - begin
+    return {"behind_at_end": first, "drain_ms": seconds * 1e3, "drained_per_second": first / seconds if first else 0.0}
+
+
+async def _behind(port: int) -> int | None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /-/ready HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    _, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    behind = json.loads(body).get("behind") if body.startswith(b"{") else None
+    return int(behind) if behind is not None else None
 
 
 # -- servers
@@ -282,7 +305,7 @@ async def _serve_ours(directory: Path) -> int:
         Intake(store),
         store,
         _NoOperations(),
-        health=lambda: {"ready": True},
+        health=lambda: {"ready": True, "behind": store.behind[0]},
         metrics=lambda: (b"", "text/plain"),
     )
     serving = await serve(app, "127.0.0.1", 0)

@@ -43,7 +43,7 @@ def dump(state_dir: Path, *, after: int) -> Exit:
         raise CommandError(f"journal dump: no journal in {state_dir}", "check --state-dir")
     for stored in Wal.open(directory, read_only=True).replay():
         if stored.seq > after:
-            emit_json_line(msgspec.to_builtins(stored))
+            emit_json_line(msgspec.json.decode(msgspec.json.encode(stored)))
     return Exit.OK
 
 

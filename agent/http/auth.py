@@ -17,15 +17,14 @@ import hmac
 import os
 import socket
 import struct
-from collections.abc import Iterable
+from asyncio import Transport
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import Final, Literal
+from typing import Any, Final, Literal, Protocol
 from urllib.parse import urlsplit
-
-from aiohttp import web
 
 Scope = Literal["webhook", "read", "approve"]
 ALL_SCOPES: Final[frozenset[Scope]] = frozenset(("webhook", "read", "approve"))
@@ -71,6 +70,21 @@ class Caller:
         return "*" in self.tenants
 
 
+class Asking(Protocol):
+    """What is asked of a request: aiohttp's, or one that `agent.http.front` has read."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def transport(self) -> Transport | None: ...
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any: ...
+
+
 class Guard:
     """Checks requests against the configured credentials; built once, asked for every request."""
 
@@ -86,7 +100,7 @@ class Guard:
     def configured(self) -> bool:
         return bool(self._known)
 
-    def admit(self, request: web.BaseRequest, scope: Scope) -> Caller:
+    def admit(self, request: Asking, scope: Scope) -> Caller:
         """Who calls, if they may use `scope`; raises AccessError. Looks at the connection and the headers only."""
         transport = request.transport
         peer = transport.get_extra_info("peername") if transport is not None else None
@@ -122,7 +136,7 @@ class Guard:
                 found = credential
         return found
 
-    def _anonymous(self, request: web.BaseRequest, address: str, scope: Scope) -> Caller:
+    def _anonymous(self, request: Asking, address: str, scope: Scope) -> Caller:
         if scope == "approve":
             raise AccessError(
                 403,
@@ -143,14 +157,14 @@ class Guard:
             )
         return _anonymous(address)
 
-    def _local(self, request: web.BaseRequest) -> Caller:
+    def _local(self, request: Asking) -> Caller:
         uid = peer_uid(request)
         if uid is None or uid not in (0, os.geteuid()):
             raise AccessError(403, "the peer of the Unix socket is neither root nor the service's user", "use its user")
         return Caller(f"uid={uid}", f"cli uid={uid}", ALL_SCOPES)
 
 
-def peer_uid(request: web.BaseRequest) -> int | None:
+def peer_uid(request: Asking) -> int | None:
     """The user at the other end of a Unix socket (SO_PEERCRED), None when the kernel does not say."""
     connection: socket.socket | None = request.get_extra_info("socket")
     if connection is None or connection.family != socket.AF_UNIX:

@@ -5,7 +5,7 @@ raise into status codes; every answer is JSON, an error is `{"error":{"reason","
 it reads a byte of a body, bounds what it reads in size and time, and decides nothing itself.
 
 It runs on aiohttp's low-level server: paths are looked up in a table, what every request needs is a few lines in the
-handler, and the webhook's 200 leaves in one write. That halves what aiohttp costs a request (bench/webhook.py).
+handler. A webhook as Alertmanager sends it does not even get that far: `agent.http.front` reads it from the socket.
 Overload and an unavailable journal are 503 with Retry-After, never 429: Alertmanager repeats on 5xx only.
 """
 
@@ -21,15 +21,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from agent.alerts import PayloadError, check_tenant
 from agent.http.api import Api, Handler, Operations
-from agent.http.auth import CHALLENGE, AccessError, Guard
+from agent.http.auth import CHALLENGE, AccessError, Asking, Guard
 from agent.http.body import JSON, RequestError, check_type, encoding, read_body, too_large, unpack
+from agent.http.front import Server, UsualRequest
 from agent.intake import Accepted, Intake, NothingGoodError, OverloadedError, Quarantined
 from agent.journal.wal import JournalError
 from agent.store import Store
@@ -72,14 +73,37 @@ class Webhook:
         try:
             accepted = await self._receive(request, tenant)
             failpoint("intake_before_response")
-            response = _ok(request, _accepted(accepted))
+            response = _reply(200, _accepted(accepted))
         except EXPECTED as error:
             response = error_reply(error, self._options.retry_seconds)
         if self._options.on_webhook is not None:
             self._options.on_webhook(response.status, time.perf_counter() - begin, accepted)
         return response
 
-    async def _receive(self, request: web.BaseRequest, tenant: str) -> Accepted:
+    async def usual(self, request: UsualRequest, body: bytes) -> bytes:
+        """The same for a request that `agent.http.front` has read: the answer as it goes on the wire."""
+        begin = time.perf_counter()
+        accepted: Accepted | None = None
+        try:
+            self._admit(request, request.tenant)
+            if request.size > self._options.max_body_bytes:
+                raise too_large(self._options.max_body_bytes)
+            parent = traceparent([request.headers["traceparent"]]) if "traceparent" in request.headers else ""
+            self._intake.enter(request.size)
+            try:
+                accepted = await self._intake.receive(request.tenant, body, parent)
+            finally:
+                self._intake.leave(request.size)
+            failpoint("intake_before_response")
+            status, answer = 200, _ok_bytes(_accepted(accepted))
+        except EXPECTED as error:
+            response = error_reply(error, self._options.retry_seconds)
+            status, answer = response.status, _error_bytes(response)
+        if self._options.on_webhook is not None:
+            self._options.on_webhook(status, time.perf_counter() - begin, accepted)
+        return answer
+
+    def _admit(self, request: Asking, tenant: str) -> None:
         caller = self._options.guard.admit(request, "webhook")
         if tenant != "default":
             check_tenant(tenant)
@@ -87,6 +111,9 @@ class Webhook:
             raise AccessError(403, f"{caller.name} may not post for tenant {tenant!r}", "add it to the credential")
         if self.draining:
             raise OverloadedError("the service is shutting down")
+
+    async def _receive(self, request: web.BaseRequest, tenant: str) -> Accepted:
+        self._admit(request, tenant)
         headers = request.headers
         check_type(headers.get("Content-Type", ""))
         packed = "Content-Encoding" in headers and encoding(request) == "gzip"
@@ -219,12 +246,12 @@ async def serve(
 
     Raises OSError when an address cannot be bound; then nothing listens.
     """
-    server = _Server(
+    server = Server(
         app,
+        app.webhook.usual,
         max_connections or _affordable_connections(),
         access_log=None,
         auto_decompress=False,  # aiohttp would unpack without a bound on the result
-        keepalive_timeout=330.0,  # Go clients drop an idle connection after five minutes; ends a head that never comes
         lingering_time=2.0,  # how long the rest of a refused body is read, so that its sender sees the answer
     )
     runner = web.ServerRunner(server, shutdown_timeout=shutdown_seconds)
@@ -238,35 +265,6 @@ async def serve(
         await runner.cleanup()
         raise
     return Serving(runner, app.webhook, addresses, socket_path)
-
-
-class _Server(web.Server):
-    """Bounds connections over TCP: idle ones, or heads that never end, must not use up the descriptors that the
-    journal, the sandbox and the operator's Unix socket need. What is closed is the oldest; a request under way is
-    answered first, and Alertmanager connects anew."""
-
-    def __init__(self, handler: App, max_connections: int, **options: Any) -> None:
-        super().__init__(handler, **options)
-        self._most = max_connections
-        self._over_tcp: dict[Any, None] = {}  # oldest first
-
-    def connection_made(self, handler: Any, transport: Any) -> None:
-        super().connection_made(handler, transport)
-        if not isinstance(transport.get_extra_info("peername"), tuple):
-            return
-        self._over_tcp[handler] = None
-        if len(self._over_tcp) > self._most:
-            oldest = next(iter(self._over_tcp))
-            del self._over_tcp[oldest]
-            # aiohttp's close() waits for an answer and leaves an idle connection open, force_close() waits for nothing.
-            if getattr(oldest, "_request_in_progress", False):
-                oldest.close()
-            else:
-                oldest.force_close()
-
-    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
-        self._over_tcp.pop(handler, None)
-        super().connection_lost(handler, exc)
 
 
 def _affordable_connections() -> int:
@@ -337,38 +335,18 @@ def error_reply(error: Exception, retry_seconds: int) -> web.Response:
     return response
 
 
-class _Ok(web.StreamResponse):
-    """A 200 with a JSON body that leaves in one write, without the header objects that `web.Response` makes for it."""
-
-    def __init__(self, request: web.BaseRequest, body: bytes) -> None:
-        # Not calling up: all that aiohttp asks of an answer is below, and the rest is what this saves.
-        self._transport = request.transport
-        self._bytes = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
-            len(body),
-            body,
-        )
-
-    @property
-    def status(self) -> int:
-        return 200
-
-    @property
-    def keep_alive(self) -> bool | None:
-        return True
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        if self._transport is None or self._transport.is_closing():
-            raise ConnectionResetError("the caller is gone")
-        self._transport.write(self._bytes)
+def _ok_bytes(body: bytes) -> bytes:
+    """A 200 with a JSON body, as it leaves in one write."""
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-def _ok(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
-    if request.keep_alive and request.version == HttpVersion11:
-        return _Ok(request, body)
-    return _reply(200, body)
+def _error_bytes(response: web.Response) -> bytes:
+    body = response.body
+    assert isinstance(body, bytes)
+    lines = [f"HTTP/1.1 {response.status} {response.reason}", *(f"{n}: {v}" for n, v in response.headers.items())]
+    if "Content-Length" not in response.headers:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def _reply(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> web.Response:

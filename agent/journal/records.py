@@ -44,6 +44,17 @@ class AlertsReceived(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     source: Literal["webhook", "reconcile"] = "webhook"
 
 
+class PayloadReceived(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="payload_received"):
+    """The same of a webhook whose body is just as Alertmanager writes it: the body as it came (`agent.alerts` reads it;
+    it was checked before), with the indexes of those of its alerts that were known already."""
+
+    at: float
+    tenant: str
+    traceparent: str = ""
+    known: tuple[int, ...] = ()
+    body: msgspec.Raw
+
+
 class AlertQuarantined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="alert_quarantined"):
     """A body, or one alert of it, that could not be understood. `head` is bounded; `digest` is of the whole."""
 
@@ -140,6 +151,7 @@ class PauseSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
 
 Record = (
     AlertsReceived
+    | PayloadReceived
     | AlertQuarantined
     | IncidentMoved
     | Diagnosed
@@ -157,6 +169,7 @@ KINDS: dict[str, type] = {
     kind.__struct_config__.tag: kind  # type: ignore[misc]
     for kind in (
         AlertsReceived,
+        PayloadReceived,
         AlertQuarantined,
         IncidentMoved,
         Diagnosed,

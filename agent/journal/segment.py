@@ -17,7 +17,7 @@ from zlib import crc32
 import msgspec
 
 from agent.journal.files import JournalCorrupt
-from agent.journal.records import KINDS, VERSIONS, AlertsReceived, Record, Stored
+from agent.journal.records import KINDS, VERSIONS, AlertsReceived, PayloadReceived, Record, Stored
 
 SEGMENT_MAGIC = b"AMWAL\x00\x00\x01"
 RECORD_MAGIC = b"\xa7rec"
@@ -76,6 +76,8 @@ def encode(record: Record) -> Encoded:
 def _finite(record: Record, body: bytes) -> bool:
     """Surely without NaN and infinity, of which JSON makes a null that a reader would refuse for ever after? Alerts are
     asked themselves: they are the many, and searching their text takes longer than everything else here."""
+    if isinstance(record, PayloadReceived):
+        return isfinite(record.at)
     if isinstance(record, AlertsReceived):
         return isfinite(sum([a.starts_at + (a.ends_at or 0.0) for a in record.alerts], record.at))
     return b"null" not in body

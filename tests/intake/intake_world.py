@@ -12,9 +12,9 @@ import aiohttp
 from agent.fold_state import State
 from agent.http.api import ApprovalAnswer
 from agent.http.server import Serving
-from agent.incidents import apply
+from agent.incidents import apply, read_received
 from agent.intake import Intake
-from agent.journal.records import AlertQuarantined, AlertsReceived, Record, Stored
+from agent.journal.records import AlertQuarantined, AlertsReceived, PayloadReceived, Record, Stored
 from agent.journal.wal import JournalUnavailable
 
 PAYLOADS = Path(__file__).parent.parent / "data" / "payloads"
@@ -105,13 +105,18 @@ class HeldStore:
             self.stored.extend(made)
             return made
 
+    async def append(self, *records: Record) -> int:
+        return (await self.record(*records))[-1].seq
+
     @property
     def records(self) -> list[Record]:
         return [s.record for s in self.stored]
 
     @property
     def received(self) -> list[AlertsReceived]:
-        return [r for r in self.records if isinstance(r, AlertsReceived)]
+        """The alerts that were recorded, in whichever form."""
+        records = [read_received(r) if isinstance(r, PayloadReceived) else r for r in self.records]
+        return [r for r in records if isinstance(r, AlertsReceived)]
 
     @property
     def quarantined(self) -> list[AlertQuarantined]:

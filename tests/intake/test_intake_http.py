@@ -16,6 +16,7 @@ from actions.model import BreakerMoved, BreakerState, Plan, Step, plan_digest
 from agent.fold_model import Incident, IncidentState, StepView, StoryLine
 from agent.http.api import ApprovalAnswer
 from agent.http.auth import Credential, Guard, _loopback
+from agent.http.front import usual_request
 from agent.http.render import incident_json, plain, rfc3339
 from agent.http.server import Options, traceparent
 from agent.intake import Accepted
@@ -558,3 +559,85 @@ async def test_a_page_whose_name_came_to_mean_this_machine_reads_nothing(port: P
     writer.write(f"GET /api/v1/incidents HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
     assert int((await reader.read()).split()[1]) == status
     writer.close()
+
+
+# -- the usual request, straight from the socket
+
+
+def _usual(sent: bytes, path: str = "/webhook", more: str = "") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}"
+    return head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(sent), sent)
+
+
+async def _answers(address: tuple[str, int], *writes: bytes, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """Writes one after the other, each seen by itself; then the answers, in the order in which they come."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        for data in writes:
+            writer.write(data)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        found = []
+        for _ in range(count):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            size = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+            found.append((int(head.split()[1]), json.loads(await reader.readexactly(size))))
+        return found
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7])
+async def test_requests_in_any_pieces_are_answered_in_order(port: Port, pieces: int) -> None:
+    """Several in one write, or one in several; new, known, bad, of another tenant, and one that aiohttp has to read."""
+    sent = b"".join(
+        [
+            _usual(body(alert(1))),
+            _usual(body(alert(1), alert(2))),
+            _usual(b"{"),
+            _usual(body(alert(1)), "/webhook/team"),
+            _usual(body(alert(3)), more="X-Unusual: yes\r\n"),
+            _usual(body(alert(4))),
+        ]
+    )
+    size = -(-len(sent) // pieces)
+    answers = await _answers(port.address, *(sent[at : at + size] for at in range(0, len(sent), size)), count=6)
+    assert [status for status, _ in answers] == [200, 200, 400, 200, 200, 200]
+    assert [a.get("accepted") for _, a in answers] == [1, 1, None, 1, 1, 1]
+    assert answers[1][1]["duplicates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "headers"),
+    [
+        ("POST /webhook HTTP/1.1", "Host: x|Content-Type: application/json|Content-Length: 2|Content-Length: 2"),
+        ("POST /webhook HTTP/1.1", "Host: x|Content-Type: application/json|Content-Length: +2"),
+        ("POST /webhook HTTP/1.1", "Host: x|Content-Type: application/json|Transfer-Encoding: chunked"),
+        ("POST /webhook HTTP/1.1", "Host: x| Content-Type: application/json|Content-Length: 2"),
+        ("POST /webhook HTTP/1.1", "Host: x|Content-Type : application/json|Content-Length: 2"),
+        ("POST /webhook HTTP/1.1", "Host: x|Content-Type: application/json|Content-Length: 65537"),
+        ("POST /webhook HTTP/1.1", "Host: x|Content-Type: text/plain|Content-Length: 2"),
+        ("POST /webhook HTTP/1.1", "Host: x|Content-Type: application/json|Origin: http://x|Content-Length: 2"),
+        ("POST /webhook HTTP/1.1", "Content-Type: application/json|Content-Length: 2"),
+        ("POST /webhook HTTP/1.0", "Host: x|Content-Type: application/json|Content-Length: 2"),
+        ("POST /webhook/a%2fb HTTP/1.1", "Host: x|Content-Type: application/json|Content-Length: 2"),
+        ("GET /webhook HTTP/1.1", "Host: x|Content-Type: application/json|Content-Length: 2"),
+    ],
+)
+def test_a_head_that_deviates_is_left_to_aiohttp(line: str, headers: str) -> None:
+    transport: Any = None
+    assert usual_request(f"{line}|{headers}".replace("|", "\r\n").encode(), transport) is None
+    usual = "POST /webhook HTTP/1.1|Host: x|Content-Type: application/json|Content-Length: 2".replace("|", "\r\n")
+    assert usual_request(usual.encode(), transport) is not None
+
+
+async def test_draining_waits_for_the_usual_request_too(start: Any, held: HeldStore) -> None:
+    port: Port = await start(held)
+    held.hold()
+    asking = asyncio.create_task(_answers(port.address, _usual(body()), count=1))
+    await held.appended(1)
+    closing = asyncio.create_task(port.serving.close())
+    await asyncio.sleep(0)
+    held.release()
+    assert (await asking)[0][0] == 200
+    await closing

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from journal_kit import IO_ERROR, NO_SPACE, FaultyFiles, alert, copy_of, moved, note, plan, received, segments, step
 
 from actions.model import IllegalMove
 from agent import store as store_module
+from agent.fold_state import State
 from agent.incidents import Changes, UnknownIncident
-from agent.journal.records import Noted, Stored
+from agent.journal.records import Noted, PayloadReceived, Stored
 from agent.journal.wal import JournalCorrupt, JournalFailed, JournalUnavailable, verify
 from agent.store import StateBehind, Store, read_state
 
@@ -218,3 +222,98 @@ async def test_read_state_beside_the_service_and_without(tmp_path: Path) -> None
     assert read_state(tmp_path).seq == 1
     store._wal.abandon()
     assert read_state(tmp_path).seq == 1
+
+
+# -- a storm: acknowledged first, folded after
+
+
+def body_of(n: int) -> PayloadReceived:
+    """A webhook of some 10 KB, with one alert."""
+    sent = {
+        "version": "4",
+        "receiver": "r",
+        "status": "firing",
+        "groupKey": f"g{n % 7}",
+        "groupLabels": {},
+        "commonLabels": {},
+        "commonAnnotations": {},
+        "externalURL": "",
+        "truncatedAlerts": 0,
+        "alerts": [
+            {
+                "status": "firing",
+                "labels": {"alertname": "A", "service": f"s{n % 5}"},
+                "annotations": {"text": "x" * 10_000},
+                "startsAt": "2026-11-20T09:51:50Z",
+                "endsAt": "0001-01-01T00:00:00Z",
+                "generatorURL": "",
+                "fingerprint": f"f{n}",
+            }
+        ],
+    }
+    return PayloadReceived(at=float(n), tenant="default", body=msgspec.Raw(json.dumps(sent).encode()))
+
+
+async def test_a_storm_is_acknowledged_before_it_is_folded(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    at_ack: list[int] = []
+
+    async def one(n: int) -> None:
+        await store.append(body_of(n))
+        at_ack.append(store.state.seq)
+
+    await asyncio.gather(*(one(n) for n in range(100)))
+    assert max(at_ack) < 100  # not all of it was folded when the last was acknowledged
+    assert store.behind[0] == 100 - store.state.seq > 0
+    frozen = store.state.freeze()  # a snapshot now is of what is applied
+    assert State.from_snapshot(frozen.encode()).seq == store.state.seq == frozen.seq
+    [told] = await store.record(note(200))  # waits for its turn
+    assert told.seq == store.state.seq == 101
+    assert store.behind == (0, 0.0)
+    whole = store.state.to_snapshot()
+    await store.close()
+    assert read_state(tmp_path).to_snapshot() == whole
+
+
+async def test_a_crash_in_a_storm_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    await asyncio.gather(*(store.append(body_of(n)) for n in range(100)))
+    assert store.behind[0]
+    crashed = copy_of(tmp_path)
+    await store.close()  # folds the rest
+    assert read_state(crashed).to_snapshot() == store.state.to_snapshot()
+    assert store.state.seq == len(store.state.digests) == 100
+
+
+async def test_what_waits_to_be_folded_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "BEHIND_BYTES", 300_000)
+    store = Store.open(tmp_path)
+    most = 0
+
+    async def one(n: int) -> None:
+        nonlocal most
+        for m in range(5):
+            await store.append(body_of(100 * n + m))
+            most = max(most, store.behind[0])
+
+    await asyncio.gather(*(one(n) for n in range(60)))
+    assert most <= 300_000 // 10_000 + 60  # the bound, and what one write brings
+    await store.close()
+    assert store.state.seq == 300
+
+
+async def test_a_record_that_cannot_be_folded_in_a_turn_stops_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(tmp_path)
+    await asyncio.gather(*(store.append(body_of(n)) for n in range(100)))
+    assert store.behind[0]
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    monkeypatch.setattr(store_module, "apply", lambda state, stored: 1 / 0)
+    with pytest.raises((StateBehind, ZeroDivisionError)):
+        await store.record(note(200))
+    assert store.stopped
+    with pytest.raises(StateBehind):
+        await store.append(body_of(200))
+    store._wal.abandon()
