@@ -118,10 +118,8 @@ def promql_fault(text: str) -> str:
     """Why the query is no PromQL once its variables are filled in; "" if it is."""
     try:
         bound = [b for items in re.findall(r"\$alert\(([^()]*)\)", text) for b in bindings_of(items)]
-        for labels in (
-            {b.source: "a" for b in bound},
-            {b.source: "a" for b in bound if not b.optional},
-        ):  # with and without what an alert may lack
+        for some in (bound, [b for b in bound if not b.optional]):  # with and without what an alert may lack
+            labels = {source: "a" for b in some for source in b.sources}
             promql_parser.parse(render(text, "service", ["a", "b"], "1m", [labels]))
     except (TemplateError, ValueError) as error:
         return f"no PromQL: {' '.join(str(error).split())[:200]}"

@@ -13,6 +13,8 @@ fills `$alert(...)`. Labels are data here: nothing is rendered or evaluated.
     pod=deployment*   label `pod` begins with the alert's `deployment` and a dash
     instance=node@    label `instance` is the alert's `node`, with or without a port; a port of the alert's is ignored
     pod|              label `pod` is the alert's, or the series has no such label
+    instance=node/instance   the first of these labels that the alert has
+    instance?!node    left out where the alert has a label `node`
 """
 
 from __future__ import annotations
@@ -48,18 +50,22 @@ ENTITIES: dict[str, tuple[str, ...]] = {
     "cluster": ("cluster",),
     "alert": ("alertname",),
 }
-_ITEM = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)(?:=([a-zA-Z_][a-zA-Z0-9_]*))?([*@|]?)(\??)")
+_ITEM = re.compile(
+    r"([a-zA-Z_][a-zA-Z0-9_]*)(?:=([a-zA-Z_][a-zA-Z0-9_/]*))?([*@|]?)(\??)(?:!([a-zA-Z_][a-zA-Z0-9_]*))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """One item of `$alert(...)`: series label `label` is matched with the alert's label `source`: `how` is "" (equal),
-    `*` (begins with it and a dash), `@` (the same host, any port) or `|` (equal or absent)."""
+    """One item of `$alert(...)`: series label `label` is matched with the first of the alert's labels `sources` that it
+    has: `how` is "" (equal), `*` (begins with it and a dash), `@` (the same host, any port) or `|` (equal or absent).
+    An alert that has the label `unless` does not count."""
 
     label: str
-    source: str
+    sources: tuple[str, ...]
     how: str
     optional: bool
+    unless: str
 
 
 def bindings_of(items: str) -> tuple[Binding, ...]:
@@ -69,8 +75,9 @@ def bindings_of(items: str) -> tuple[Binding, ...]:
         match = _ITEM.fullmatch(item)
         if match is None or item.startswith("__"):
             raise ValueError(f"$alert: {item!r:.80} is no label, nor label=label, each with one of * @ | and ?")
-        label, source, how, question = match.groups()
-        found.append(Binding(label, source or label, how, question == "?"))
+        label, sources, how, question, unless = match.groups()
+        names = tuple(name for name in (sources or label).split("/") if name)
+        found.append(Binding(label, names, how, question == "?", unless or ""))
     return tuple(found)
 
 
@@ -105,8 +112,13 @@ def subject_of(labels: Mapping[str, str], kind: str = "") -> str:
 
 
 def values_of(binding: Binding, alerts: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """The alerts' values of the binding's source label, each once, sorted; empty ones are no values."""
-    return tuple(sorted({value for labels in alerts if (value := labels.get(binding.source, ""))}))
+    """The alerts' values of the binding's label, each once, sorted; empty ones are no values."""
+    values = {
+        next((value for source in binding.sources if (value := labels.get(source, ""))), "")
+        for labels in alerts
+        if not labels.get(binding.unless)
+    }
+    return tuple(sorted(values - {""}))
 
 
 class Entry(Protocol):

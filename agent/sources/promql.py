@@ -104,7 +104,7 @@ def alert_matchers(items: str, alerts: Sequence[Mapping[str, str]]) -> str:
     for binding in bindings:
         values = values_of(binding, alerts)
         if not values and not binding.optional:
-            raise TemplateError(f"the alert has no label {binding.source}")
+            raise TemplateError(f"the alert has no label {' or '.join(binding.sources)}")
         if not values:
             continue
         if binding.how:
