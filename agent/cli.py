@@ -137,8 +137,15 @@ def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 
 def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
-    made = _add(commands, common, "diagnose", _diagnose, "rank the causes of recorded incidents")
-    made.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help="a recording's directory")
+    made = _add(commands, common, "diagnose", _diagnose, "rank the causes of recorded incidents, or of given alerts")
+    made.add_argument("recordings", nargs="*", type=Path, metavar="RECORDING", help="a recording's directory")
+    made.add_argument(
+        "--alert", action="append", default=[], type=Path, metavar="FILE", help="a webhook's body, - for standard input"
+    )
+    made.add_argument("--prometheus", default="", metavar="URL", help="with --alert: where to look")
+    made.add_argument(
+        "--at", type=_time, default=None, metavar="TIME", help="with --alert: as of then (RFC 3339, unix)"
+    )
     made.add_argument("--limit", type=_count, default=0, help="at most so many hypotheses (default: three)")
     made = _add(commands, common, "record", _record, "write an incident's evidence as a recording")
     made.add_argument("id", metavar="INCIDENT", help="an incident's id, or the beginning of one")
@@ -254,6 +261,15 @@ def _breaking(commands: Commands, common: argparse.ArgumentParser) -> None:
         made.set_defaults(what=name)
 
 
+def _time(text: str) -> float:
+    from agent.alerts import parse_time
+
+    try:
+        return float(text) if text.replace(".", "", 1).isdigit() else parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
@@ -351,6 +367,17 @@ def _breakers(arguments: argparse.Namespace) -> int:
 def _diagnose(arguments: argparse.Namespace) -> int:
     from agent.commands import diagnose
 
+    if bool(arguments.alert) == bool(arguments.recordings):
+        raise CommandError("diagnose: what?", "name recordings, or alerts by --alert FILE", Exit.USAGE)
+    if arguments.alert:
+        return diagnose.diagnose_alerts(
+            _config(arguments),
+            tuple(arguments.alert),
+            arguments.prometheus,
+            arguments.at,
+            arguments.limit,
+            as_json=arguments.json,
+        )
     return diagnose.diagnose(_config(arguments), tuple(arguments.recordings), arguments.limit, as_json=arguments.json)
 
 

@@ -107,6 +107,20 @@ class Situations:
             quiet=tuple(sorted({window for window in windows if window[0] < window[1]})),
         )
 
+    async def around(self, alerts: Sequence[Alert], tenant: str = "") -> Situation:
+        """What `of` gives for an incident of these alerts that nothing else is known of."""
+        prometheus = self.config.prometheus
+        now = self.clock()
+        firing = [alert for alert in alerts if alert.status == "firing"]
+        about = await self.about(tuple(alerts), firing or alerts, tenant)
+        began = min((alert.starts_at for alert in firing or alerts), default=now)
+        onset = min(began, now) - prometheus.onset_margin_seconds - about.hold_seconds
+        topology = await self._topology(now)
+        evidence = await self._gather(about, topology, (onset - prometheus.window_seconds, now))
+        return Situation(
+            alerts=about.alerts, entry=about.entry, onset=onset, until=now, evidence=evidence, topology=topology
+        )
+
     async def since(self, incident: Incident, names: Collection[str], start: float) -> Situation:
         """Only the signals `names`, from `start` to now: what a verdict on recovery needs."""
         now = self.clock()
@@ -151,7 +165,7 @@ class Situations:
         services = tuple(sorted(named - {""})) or topology.services()
         queries = [q for q in self.packs.asked(about.causes) if names is None or q.name in names]
         if kind_of(entry) and not services:  # no service is involved, so nothing is asked of services
-            queries = [q for q in queries if "$scope" not in q.query]
+            queries = [q for q in queries if "$alert(" in q.query]
         prometheus = self.config.prometheus
         request = EvidenceRequest(
             queries=tuple(queries),

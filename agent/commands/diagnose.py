@@ -1,10 +1,14 @@
-"""`diagnose` and `evaluate`: what the packs say about recorded incidents, and how often they are right.
+"""`diagnose` and `evaluate`: what the packs say about recorded incidents or given alerts, and how often they are right.
 
-A recording goes through the code that a live incident goes through; only `evaluate` looks at the answers, afterwards.
+Recordings and alerts go through the code that a live incident goes through; only `evaluate` looks at the answers,
+afterwards. Nothing is journalled and nothing is done.
 """
 
 from __future__ import annotations
 
+import asyncio
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +19,11 @@ from agent.log import printable
 
 if TYPE_CHECKING:
     from agent.config import Config
-    from rules.model import Diagnosis, Hypothesis
+    from rules.model import Alert, Diagnosis, Hypothesis, Situation
+    from rules.packs import PackSet
+
+
+MAX_ALERT_BYTES = 8 << 20
 
 
 def diagnose(config: Config, recordings: tuple[Path, ...], limit: int, *, as_json: bool) -> Exit:
@@ -42,6 +50,78 @@ def diagnose(config: Config, recordings: tuple[Path, ...], limit: int, *, as_jso
     return Exit.OK
 
 
+def diagnose_alerts(
+    config: Config, files: tuple[Path, ...], url: str, at: float | None, limit: int, *, as_json: bool
+) -> Exit:
+    """Ranking, evidence and sentences of the alerts in each file (a webhook's body, `-`: standard input), by what the
+    Prometheus at `url` (default: the configured one) holds at the time `at` (default: now)."""
+    from agent.packs import load_packs
+    from rules.diagnose import TOP
+    from rules.diagnose import diagnose as diagnosed
+
+    prometheus = msgspec.structs.replace(config.prometheus, url=url) if url else config.prometheus
+    config = msgspec.structs.replace(config, prometheus=prometheus)
+    if not config.prometheus.url:
+        raise CommandError("diagnose --alert: which Prometheus?", "give --prometheus URL, or set prometheus.url")
+    packs = load_packs(config.packs.dirs, config.packs.disabled_live)
+    now = time.time() if at is None else at
+    answers: list[dict[str, Any]] = []
+    for path in files:
+        situation = asyncio.run(_around(config, packs, _alerts_in(path), now))
+        diagnosis = diagnosed(situation, packs, limit or TOP)
+        if as_json:
+            answers.append({"alert": str(path), "diagnosis": msgspec.to_builtins(diagnosis)})
+        else:
+            _tell(path, diagnosis)
+    if as_json:
+        emit_json({"diagnoses": answers})
+    return Exit.OK
+
+
+def _alerts_in(path: Path) -> tuple[Alert, ...]:
+    """The good alerts of a webhook's body. Raises CommandError."""
+    from agent.alerts import PayloadError, parse_payload
+
+    try:
+        if str(path) == "-":
+            body = sys.stdin.buffer.read(MAX_ALERT_BYTES + 1)
+        else:
+            with path.open("rb") as file:
+                body = file.read(MAX_ALERT_BYTES + 1)
+        if len(body) > MAX_ALERT_BYTES:
+            raise CommandError(f"{path}: larger than {MAX_ALERT_BYTES} bytes", "give one group of alerts")
+        payload = parse_payload(body, "default")
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}", "a file with a webhook's body") from error
+    except PayloadError as error:
+        raise CommandError(f"{path}: {error}", "docs/webhook.md says what a webhook's body is") from error
+    if not payload.alerts:
+        bad = payload.bad[0]
+        raise CommandError(f"{path}: no alert can be understood: {bad.path}: {bad.reason}", "docs/webhook.md")
+    return payload.alerts
+
+
+async def _around(config: Config, packs: PackSet, alerts: tuple[Alert, ...], now: float) -> Situation:
+    from agent.app import prometheus_of
+    from agent.expressions import Expressions, rules_of
+    from agent.situation import Situations
+    from agent.sources.prometheus import PrometheusSource
+    from agent.topology import Discovery, load_topology
+
+    try:
+        source = PrometheusSource(prometheus_of(config))
+    except ValueError as error:
+        raise CommandError(str(error), "http://HOST:PORT") from error
+    async with source as prometheus:
+        discover = Discovery(prometheus).topology if config.topology.service_graph else None
+        expressions = Expressions(rules_of(prometheus))
+        sources = [prometheus]
+        situations = Situations(
+            config, packs, sources, load_topology(config), discover, clock=lambda: now, expressions=expressions
+        )
+        return await situations.around(alerts, alerts[0].tenant)
+
+
 def _tell(path: Path, diagnosis: Diagnosis) -> None:
     say(f"{path.name}: {diagnosis.verdict.replace('_', ' ')}; {diagnosis.candidates} candidates were weighed")
     say(f"  {diagnosis.sentence}")
@@ -56,6 +136,12 @@ def _tell_hypothesis(rank: int, hypothesis: Hypothesis) -> None:
     for c in hypothesis.contributions:
         if c.log_odds:
             say(f"     {c.log_odds:+6.2f}  {c.evidence} is {c.state}: {c.text}")
+    for proposal in hypothesis.proposals:
+        say(f"     proposed: {proposal.action}: {proposal.reason}")
+    if hypothesis.no_remedy:
+        say(f"     no safe remedy: {hypothesis.no_remedy}")
+    if hypothesis.runbook:
+        say(f"     runbook: {hypothesis.runbook}")
 
 
 def evaluate(

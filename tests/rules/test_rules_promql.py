@@ -140,7 +140,7 @@ def test_every_query_gives_what_its_signal_means(packs: PackSet, program: Callab
     queries = {
         q.name: q.query.replace("$scope", 'service=~"s|t|u"').replace("$service", "service").replace("$rate", "10s")
         for q in packs.queries()
-        if q.source == "prometheus"
+        if q.source == "prometheus" and "$alert(" not in q.query  # those: tests/anyalert, on a real server
     }
     assert set(EXPECTED) == set(queries)
     checks = [

@@ -1,0 +1,84 @@
+"""One real Prometheus with every scenario that the run needs, and the rules of kube-prometheus loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from anyalert_world import Scenario, Server, backfill, entry, rule_file, rules
+
+PER_ALERT = 2  # causes that `make test` simulates for each alert of its subset
+
+
+def scenarios(full: bool, ends_at: float) -> list[Scenario]:
+    """Two causes for every third alert, or, in full, every cause of every alert. Watchdogs have nothing to simulate."""
+    found = []
+    for i, rule in enumerate(rules()):
+        causes = entry(rule).causes
+        if len(causes) < 2 or rule.name == "InfoInhibitor" or not (full or i % 3 != 2):
+            continue
+        for j, cause in enumerate(causes if full else causes[:PER_ALERT]):
+            found.append(Scenario(f"{i}-{j}", rule, cause, ends_at))
+    return found
+
+
+@pytest.fixture(scope="session")
+def volume(request: pytest.FixtureRequest) -> bool:
+    """Whether the full volume was asked for."""
+    return any(item.get_closest_marker("full") for item in request.session.items)
+
+
+@pytest.fixture(scope="session")
+def simulated(volume: bool) -> list[Scenario]:
+    now = time.time()
+    return scenarios(volume, now // 60 * 60 - 3 * 3600)
+
+
+@pytest.fixture(scope="session")
+def prometheus(
+    tmp_path_factory: pytest.TempPathFactory, simulated: list[Scenario], program: Callable[[str, str], str]
+) -> Iterator[Server]:
+    where = tmp_path_factory.mktemp("anyalert")
+    data = backfill(program("promtool", "prometheus"), where, simulated)
+    server = start(program("prometheus", "prometheus"), where, data)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def start(binary: str, where: Path, data: Path) -> Server:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (where / "rules.yml").write_text(json.dumps(rule_file()))
+    (where / "prometheus.yml").write_text("global: {evaluation_interval: 1h}\nrule_files: [rules.yml]\n")
+    argv = [
+        binary,
+        f"--config.file={where / 'prometheus.yml'}",
+        f"--storage.tsdb.path={data}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--storage.tsdb.retention.time=30d",
+        "--query.max-concurrency=8",
+    ]
+    with (where / "log").open("wb") as out:
+        process = subprocess.Popen(argv, stdout=out, stderr=out)
+    server = Server(f"http://127.0.0.1:{port}", process)
+    deadline = time.monotonic() + 60
+    while True:
+        assert process.poll() is None, (where / "log").read_text()[-2000:]
+        assert time.monotonic() < deadline, "Prometheus did not become ready"
+        try:
+            with urllib.request.urlopen(f"{server.url}/-/ready", timeout=5) as answer:
+                if answer.status == 200:
+                    return server
+        except OSError:
+            time.sleep(0.1)
