@@ -5,7 +5,11 @@ SHELL := /bin/sh
 PYTEST := .venv/bin/python -m pytest
 SEED ?=
 
-.PHONY: help install demo serve test test-full lint format manifests bench chaos chaos-full lock clean
+RECORDINGS ?= ../shared/rca
+# Sets that no license allows learning from.
+UNLICENSED ?= sockshop
+
+.PHONY: help install demo serve evaluate learn test test-full lint format manifests bench chaos chaos-full lock clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +55,15 @@ format: .venv/installed-dev
 manifests: .venv/installed-dev ## plain Kubernetes manifests from the chart, in build/manifests
 	@tools/install-helm test
 	@tools/render-manifests
+
+evaluate: .venv/installed ## accuracy of diagnosis on RECORDINGS (../shared/rca), three ways, beside N-sigma and BARO
+	@test -d "$(RECORDINGS)" || { echo "make evaluate: there are no recordings at $(RECORDINGS);" \
+		"RECORDINGS=DIR names a directory of sets of recordings, each with truth.json (docs/diagnosis.md)" >&2; exit 1; }
+	@.venv/bin/alertmedic evaluate "$(RECORDINGS)" --cross $(patsubst %,--unlicensed %,$(UNLICENSED)) --misses
+
+learn: .venv/installed-dev ## learn rules/model.json from the licensed sets of RECORDINGS
+	@.venv/bin/alertmedic learn $(foreach set,$(filter-out $(UNLICENSED),$(notdir $(patsubst %/,%,\
+		$(wildcard $(RECORDINGS)/*/)))),"$(RECORDINGS)/$(set)") --output rules/model.json
 
 bench: .venv/installed-dev ## ratios against named references, in one run
 	@tools/install-debian test

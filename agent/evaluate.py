@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from agent import baselines
 from agent.sources.recorded import RecordingError, read_recording
 from rules.diagnose import diagnose
-from rules.model import Diagnosis
+from rules.model import Diagnosis, Situation
 from rules.packs import PackSet
 
 LIMIT = 50  # hypotheses asked for: enough for five different services
@@ -84,6 +85,7 @@ class Scored:
     service: int | None
     pair: int | None
     metric: int | None
+    baselines: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)  # ranks: service, metric
 
 
 def find_cases(directories: Iterable[Path]) -> tuple[Case, ...]:
@@ -118,11 +120,24 @@ def evaluate(
     scored: list[Scored] = []
     for case in cases:
         begun = time.perf_counter()
-        ranking = Ranking.of(diagnose(read_recording(case.directory), packs, LIMIT))
+        situation = read_recording(case.directory)
+        ranking = Ranking.of(diagnose(situation, packs, LIMIT))
         seconds = time.perf_counter() - begun
-        scored.append(score(case, ranking, read_truth(case.directory), seconds))
+        truth = read_truth(case.directory)
+        others = baseline_ranks(situation, truth) if truth.service is not None else {}
+        scored.append(replace(score(case, ranking, truth, seconds), baselines=others))
         progress(case)
     return tuple(scored)
+
+
+def baseline_ranks(situation: Situation, truth: Truth) -> dict[str, tuple[int | None, int | None]]:
+    """Where the true service and the true metric stand in the baselines' rankings."""
+    found = {}
+    for name, method in baselines.METHODS.items():
+        order = [series for _, series in method(situation)]
+        services = tuple(dict.fromkeys(series.service for series in order))
+        found[name] = (_place(services, {truth.service}), _place([str(s) for s in order], set(truth.metrics)))
+    return found
 
 
 def score(case: Case, ranking: Ranking, truth: Truth, seconds: float) -> Scored:
@@ -153,6 +168,14 @@ def report(scored: Sequence[Scored]) -> dict[str, Any]:
             "metric": accuracy([s.metric for s in of_set if s.truth.metrics]),
             "seconds_per_case": math.fsum(s.seconds for s in of_set) / len(of_set),
         }
+        if all(s.baselines for s in of_set):
+            sets[name]["baselines"] = {
+                method: {
+                    "service": accuracy([s.baselines[method][0] for s in of_set]),
+                    "metric": accuracy([s.baselines[method][1] for s in of_set if s.truth.metrics]),
+                }
+                for method in baselines.METHODS
+            }
     if calm:
         sources = sorted({_source(s) for s in calm})
         by_source = {name: specificity([s for s in calm if _source(s) == name]) for name in sources}
@@ -198,8 +221,10 @@ def calibration(scored: Sequence[Scored]) -> dict[str, float | int | None]:
 
 
 def _rank(ranking: Ranking, order: Sequence[Any], right: set[Any]) -> int | None:
-    if not ranking.ranked:
-        return None
+    return _place(order, right) if ranking.ranked else None
+
+
+def _place(order: Sequence[Any], right: set[Any]) -> int | None:
     return next((i for i, item in enumerate(order, 1) if item in right), None)
 
 

@@ -17,6 +17,8 @@ import msgspec
 from agent.commands.output import CommandError, Exit, emit_json, say, table
 from agent.log import printable
 
+_COLUMNS = ("ac1", "ac3", "ac5", "avg5")
+
 if TYPE_CHECKING:
     from agent.config import Config
     from rules.model import Alert, Diagnosis, Hypothesis, Situation
@@ -159,10 +161,11 @@ def evaluate(
 
     from agent import evaluate as scoring
     from agent.crossval import cross_validate
-    from agent.packs import load_packs
+    from agent.packs import load_bare_packs, load_packs
     from agent.sources.recorded import RecordingError
 
     packs = load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
+    bare = load_bare_packs(config.packs.dirs, config.packs.disable)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     try:
@@ -174,17 +177,23 @@ def evaluate(
                 bar.update(task, advance=1, description=printable(case.set))
 
             scored = scoring.evaluate(cases, packs, advance)
-            crossed = cross_validate(cases, packs, advance, unlicensed) if cross else {}
+            crossed = cross_validate(cases, bare, advance, unlicensed) if cross else {}
     except RecordingError as error:
         raise CommandError(str(error), "evaluate needs directories of recordings, each with truth.json") from error
     found = scoring.report(scored)
     if as_json:
         emit_json(found | ({"cross": crossed} if cross else {}))
         return Exit.OK
-    _tables(found)
+    told = {
+        "service": "cross-validated: likelihoods counted anew, leaving out every case of the true service",
+        "system": "from other systems only: likelihoods counted anew, leaving out every case of the same system",
+    }
     for left_out, figures in crossed.items():
-        say(f"\nlikelihoods counted anew, leaving out every case of the same {left_out}:\n", lines=True)
+        say(f"{told[left_out]}\n", lines=True)
         _tables(figures)
+        say("")
+    say(f"as shipped (model {packs.model}; learned from the licensed ones of these cases)\n", lines=True)
+    _tables(found)
     if misses:
         _misses(scored)
     return Exit.OK
@@ -197,9 +206,12 @@ def _tables(found: dict[str, Any]) -> None:
             of = figures.get(level)
             if of and of["cases"]:
                 seconds = f"{figures['seconds_per_case']:.3f}" if level == "service" else ""
-                rows.append(
-                    (name, title, str(of["cases"]), *(_share(of[k]) for k in ("ac1", "ac3", "ac5", "avg5")), seconds)
-                )
+                rows.append((name, title, str(of["cases"]), *(_share(of[k]) for k in _COLUMNS), seconds))
+        for method, levels in figures.get("baselines", {}).items():
+            for level, of in levels.items():
+                if of["cases"]:
+                    title = f"{level}, {method.replace('_', '-')}"
+                    rows.append((name, title, str(of["cases"]), *(_share(of[k]) for k in _COLUMNS), ""))
     table(rows, empty="no case with a fault")
     calm = found["sets"].get("nofault")
     if calm:
