@@ -279,6 +279,6 @@ def _cpus(fact: Fact) -> frozenset[int]:
     found: set[int] = set()
     for part in str(fact.attributes.get("cpus", "")).split(","):
         low, dash, high = part.strip().partition("-")
-        if low.isdigit() and (high.isdigit() if dash else True):
+        if all(number.isdecimal() and len(number) < 8 for number in ((low, high) if dash else (low,))):
             found.update(range(int(low), min(int(high or low), int(low) + 4096) + 1))
     return frozenset(found)

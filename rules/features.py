@@ -75,6 +75,7 @@ class Features:
     onset: FloatArray
     silent: BoolArray
     based: BoolArray  # has a baseline (or may take zero for one)
+    sampled: BoolArray  # has a baseline of its own samples
     present: BoolArray  # has samples in the abnormal window
     apart: BoolArray  # every settled sample lies beyond every normal one
 
@@ -104,9 +105,16 @@ class Traits:
 def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
     """All findings, ordered by series name. A series that comes twice counts once, the first wins."""
     found: dict[SeriesId, Finding] = {}
+    measured = []
+    known: set[str] = set()  # services of which anything was seen before the onset
     for frame in frames_of(situation.evidence, packs):
         signals = [packs.signals[s.metric] for s in frame.ids]
         features = measure(frame, Traits.of(signals), situation)
+        measured.append((frame, signals, features))
+        known.update(s.service for s, seen in zip(frame.ids, features.sampled.tolist(), strict=True) if seen)
+    for frame, signals, features in measured:
+        # "None before" is no baseline where nobody looked before.
+        features.based[:] &= features.sampled | np.array([s.service in known for s in frame.ids], dtype=bool)
         for i, (series, signal) in enumerate(zip(frame.ids, signals, strict=True)):
             if series not in found:
                 found[series] = finding_of(series, signal, features, i, _node(series, signal, situation.entry))
@@ -147,6 +155,7 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
             onset=onset,
             silent=silent & (share < 0.25),
             based=based,
+            sampled=np.isfinite(before).sum(axis=1) >= MIN_BASELINE,
             present=count > 0,
             apart=_apart(before, settled, np.where(traits.sign == 0, np.sign(shift), traits.sign)),
         )

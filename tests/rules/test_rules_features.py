@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,9 +124,14 @@ def test_the_bad_direction_belongs_to_the_signal(
 
 
 def test_what_is_absent_before_counts_from_zero_where_that_makes_sense(packs: PackSet) -> None:
-    nothing = [math.nan] * 20
-    assert finding(packs, "queue_oldest_age_seconds", nothing, [5.0] * 9).state == "strong"
-    assert finding(packs, "http_latency_p95", nothing, [5.0] * 9).state is None
+    nothing = np.array([[math.nan] * 20 + [5.0] * 9])
+    for seen, state in (([1.0] * 29, "strong"), ([math.nan] * 20 + [1.0] * 9, None)):
+        frame = frame_of(nothing, 20, "queue_oldest_age_seconds")
+        known = Frame(frame.times, (SeriesId.of("up", {"service": "s0"}),), np.array([seen]))
+        evidence = (Evidence(name="x", source="x", frame=frame), Evidence(name="up", source="x", frame=known))
+        found = findings_of(replace(situation(frame), evidence=evidence), packs)
+        assert {f.signal: f.state for f in found}["queue_oldest_age_seconds"] == state  # None: nobody looked before
+    assert finding(packs, "http_latency_p95", [math.nan] * 20, [5.0] * 9).state is None
 
 
 def test_silence(packs: PackSet) -> None:
