@@ -65,9 +65,9 @@ def conclude(observer: Observer, limit: int = TOP) -> Diagnosis:
     """The diagnosis of a situation that was observed already."""
     situation, packs = observer.situation, observer.packs
     ranked = weigh(observer)
-    clear = bool(ranked) and ranked[0].posterior >= CLEAR_POSTERIOR
-    if clear and len(ranked) > 1:
-        clear = ranked[0].posterior - ranked[1].posterior >= CLEAR_MARGIN
+    # The most likely other one need not be the second: services come by what all of their causes have together.
+    rival = max((c.posterior for c in ranked[1:]), default=0.0)
+    clear = bool(ranked) and ranked[0].posterior >= CLEAR_POSTERIOR and ranked[0].posterior - rival >= CLEAR_MARGIN
     ranked_at_all = math.fsum(c.posterior for c in ranked) > NAMED_AT_ALL
     hypotheses = tuple(_hypothesis(c, observer, propose=clear) for c in ranked[:limit])
     missing = {name: clean(reason, 300) for name, reason in sorted(situation.missing().items())}

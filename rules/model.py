@@ -286,11 +286,10 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def margin(self) -> float:
-        """Posterior of the first minus that of the second hypothesis (0 when there is none)."""
+        """Posterior of the first minus that of the most likely other hypothesis (0 when there is none)."""
         if not self.hypotheses:
             return 0.0
-        rest = self.hypotheses[1].posterior if len(self.hypotheses) > 1 else 0.0
-        return self.hypotheses[0].posterior - rest
+        return self.hypotheses[0].posterior - max((h.posterior for h in self.hypotheses[1:]), default=0.0)
 
 
 def merge_frames(frames: Iterable[Frame]) -> Frame:
