@@ -27,6 +27,7 @@ from actions.catalog import load_catalog
 from actions.model import BreakerState
 from agent import __version__, log
 from agent.config import Config
+from agent.downstream import Downstream
 from agent.expressions import Expressions, rules_of
 from agent.http.auth import Credential, Guard
 from agent.http.server import Options, Serving, build_app
@@ -108,19 +109,24 @@ async def running(config: Config) -> AsyncIterator[App]:
     )
     try:
         async with contextlib.AsyncExitStack() as stack:
+            downstream = Downstream(store)
             sources: list[Source] = [HostSource(config.inventory_strings)]
             discover = None
             expressions = Expressions()
             if config.prometheus.url:
-                prometheus = await stack.enter_async_context(PrometheusSource(prometheus_of(config)))
+                prometheus = await stack.enter_async_context(
+                    PrometheusSource(prometheus_of(config), breaker=downstream.prometheus)
+                )
                 sources.append(prometheus)
                 expressions = Expressions(rules_of(prometheus))
                 if config.topology.service_graph:
                     discover = Discovery(prometheus).topology
-            situations = Situations(config, NO_PACKS, sources, topology, discover, expressions=expressions)
+            situations = Situations(
+                config, NO_PACKS, sources, topology, discover, expressions=expressions, discovery=downstream.topology
+            )
             verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry)
             remediation = Remediation(config, catalog, store, verifier, telemetry)
-            app = App(config, store, telemetry, remediation)
+            app = App(config, store, telemetry, remediation, downstream)
             investigation = app.investigation = Investigation(
                 config, NO_PACKS, store, situations, remediation, verifier, telemetry, app.wake
             )
@@ -206,9 +212,11 @@ class App:
     investigation: Investigation
     serving: Serving
 
-    def __init__(self, config: Config, store: Store, telemetry: Telemetry, remediation: Remediation) -> None:
+    def __init__(
+        self, config: Config, store: Store, telemetry: Telemetry, remediation: Remediation, downstream: Downstream
+    ) -> None:
         self.config, self.store, self.telemetry = config, store, telemetry
-        self._remediation = remediation
+        self._remediation, self._downstream = remediation, downstream
         self.intake = Intake(
             store, max_requests=config.intake.max_requests, max_bytes=config.intake.max_bytes_in_flight
         )
@@ -230,7 +238,7 @@ class App:
         )
         operations = Operations(
             self.store,
-            self._remediation.runner,
+            self._downstream.beside(self._remediation.runner),
             policy=self.config.guard_policy,
             on_refused=self.telemetry.refused,
         )
@@ -264,6 +272,7 @@ class App:
         await _cancelled(self._tasks)
         await self._effects_ended()
         await _cancelled(list(self.investigation.acting.values()))
+        await self._downstream.close()
         await self.serving.close()
 
     async def _effects_ended(self) -> None:
@@ -350,7 +359,9 @@ class App:
         """Until Alertmanager has answered once."""
         while True:
             try:
-                new, gone = await reconcile(self.config.alertmanager, self.store, self.intake, time.time())
+                new, gone = await reconcile(
+                    self.config.alertmanager, self.store, self.intake, time.time(), self._downstream.alertmanager
+                )
             except (ReconcileError, JournalError) as error:
                 if self._alertmanager.text != str(error):
                     logger.warning("%s", error)
@@ -401,6 +412,7 @@ class App:
             },
             "sources": {
                 "prometheus": self.config.prometheus.url or "not configured",
+                "topology": self.investigation.situations.topology_state,
                 "alertmanager": self._alertmanager.text if self.config.alertmanager.url else "not configured",
             },
             "sandbox": {

@@ -18,6 +18,7 @@ import yarl
 
 from agent.alerts import PayloadError, alert_digest, parse_payload, parse_time
 from agent.config import Alertmanager
+from agent.dependency import Dependency, DependencyOpen
 from agent.fold_state import State
 from agent.intake import Intake
 from agent.journal.records import AlertsReceived
@@ -34,12 +35,23 @@ class ReconcileError(Exception):
     """Alertmanager did not answer, or not with alerts. The text says what to look at."""
 
 
-async def reconcile(config: Alertmanager, store: Store, intake: Intake, now: float) -> tuple[int, int]:
-    """Asks once. Returns (alerts that were new, alerts that are claimed to have resolved). Raises ReconcileError, and
-    JournalError when nothing can be recorded."""
+async def reconcile(
+    config: Alertmanager,
+    store: Store,
+    intake: Intake,
+    now: float,
+    dependency: Dependency[list[Mapping[str, Any]]] | None = None,
+) -> tuple[int, int]:
+    """Asks once, through the breaker `dependency`; without an answer the journal's own state stands.
+
+    Returns (alerts that were new, alerts that are claimed to have resolved). Raises ReconcileError, and JournalError
+    when nothing can be recorded."""
     tenant = config.tenant
     before = _firing(store.state, tenant)
-    held = await _held(config)
+    try:
+        held = await (dependency.call(lambda: _held(config)) if dependency is not None else _held(config))
+    except DependencyOpen as error:
+        raise ReconcileError(f"reconcile with {config.url}: {error}") from error
     firing = {str(entry.get("fingerprint", "")): entry for entry in held}
     # What is silenced or inhibited would not be sent, so it is no news; but it is held, so it has not resolved either.
     sent = [entry for entry in firing.values() if _state(entry) == "active"]

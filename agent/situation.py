@@ -11,8 +11,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from agent.config import Config
+from agent.dependency import Answer, Dependency
 from agent.expressions import Expressions, Told
 from agent.fold_model import Incident
 from agent.fold_state import State
@@ -51,6 +53,8 @@ class Situations:
     discover: Callable[[float], Awaitable[Topology]] | None = None
     clock: Callable[[], float] = time.time
     expressions: Expressions = field(default_factory=Expressions)
+    discovery: Dependency[Topology] = field(default_factory=lambda: Dependency("topology"))
+    topology_state: str = field(default="static: what is configured", init=False)  # for people
     _known: Topology | None = field(default=None, init=False)
     _known_until: float = field(default=0.0, init=False)
 
@@ -182,24 +186,39 @@ class Situations:
         return (*evidence, *_expressions(about))
 
     async def _topology(self, now: float) -> Topology:
-        if self.discover is None:
+        discover = self.discover
+        if discover is None:
             return self.topology
         if self._known is None or now >= self._known_until:
-            found = await self._discovered(self.discover)
-            self._known_until = self.clock() + (DISCOVERY_SECONDS if found.edges else UNREACHED)
-            if found.edges or self._known is None:  # an outage is no reason to forget who calls whom
+            answer = await self.discovery.ask(lambda: self._discovered(discover), static=Topology())
+            found = answer.value or Topology()
+            self.topology_state = _said(answer)
+            self._known_until = self.clock() + (DISCOVERY_SECONDS if answer.source == "live" else UNREACHED)
+            if answer.source == "live" or self._known is None:  # an outage is no reason to forget who calls whom
                 edges = tuple(sorted({*self.topology.edges, *found.edges}))
                 self._known = Topology(edges=edges, kinds={**found.kinds, **self.topology.kinds})
         return self._known
 
     async def _discovered(self, discover: Callable[[float], Awaitable[Topology]]) -> Topology:
-        """One deadline for all of its queries, which it asks one after the other; nothing when it is over."""
+        """One deadline for all of its queries, which it asks one after the other. A graph without edges is no answer:
+        metrics are silent, or nobody traces."""
         seconds = self.config.prometheus.timeout_seconds
         try:
             async with asyncio.timeout(seconds):
-                return await discover(seconds)
-        except TimeoutError:
-            return Topology()
+                found = await discover(seconds)
+        except TimeoutError as error:
+            raise LookupError(f"topology: no answer within {seconds:g} s") from error
+        if not found.edges:
+            raise LookupError("topology: metrics tell no edges")
+        return found
+
+
+def _said(answer: Answer[Topology]) -> str:
+    """Where the graph comes from, for people: live, stale since when, or configured only, and why."""
+    if answer.source == "live":
+        return "live"
+    since = f" since {datetime.fromtimestamp(answer.at, UTC).isoformat(timespec='seconds')}"
+    return f"{answer.source}{since if answer.source == 'stale' else ''}: {answer.reason}"
 
 
 def _metrics(told: Told) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ import aiohttp
 import orjson
 import yarl
 
+from agent.dependency import Dependency, DependencyOpen
 from agent.sources import EvidenceRequest, Query, SourceError, bounded
 from agent.sources.matrix import (
     MAX_POINTS,
@@ -62,6 +63,10 @@ T = TypeVar("T")
 class QueryError(SourceError):
     """One query failed; the text is what becomes `missing`: `http 422: execution: ...`, `connection refused:
     host:9090`."""
+
+
+class UnreachableError(QueryError):
+    """The server did not answer, or did so with a failure of its own: what its circuit breaker counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +127,7 @@ class PrometheusSource:
 
     name = "prometheus"
 
-    def __init__(self, config: Prometheus, name: str = "prometheus") -> None:
+    def __init__(self, config: Prometheus, name: str = "prometheus", breaker: Dependency[Any] | None = None) -> None:
         """Raises ValueError for a configuration that cannot work, OSError for certificate files that cannot be read."""
         url = yarl.URL(config.url)
         if url.scheme not in ("http", "https") or not url.host:
@@ -137,6 +142,7 @@ class PrometheusSource:
         duration(config.rate)
         self.name = name
         self.config = config
+        self.breaker = breaker
         self._base = url
         self._tls = client_tls(config) if url.scheme == "https" else None
         self._slots = asyncio.Semaphore(config.concurrency)
@@ -276,6 +282,36 @@ class PrometheusSource:
         decode: Callable[[bytes], T],
         get: bool = False,
     ) -> T:
+        """`_asked` behind the breaker, if there is one: while it is open nothing goes out, and that is a QueryError
+        like any other. How long evidence takes does not count, it has a deadline; what the server refuses is an answer,
+        not a failure."""
+        breaker = self.breaker
+        if breaker is None:
+            return await self._asked(path, form, due, tenant, decode, get)
+
+        async def ask() -> Any:
+            return await self._asked(path, form, due, tenant, decode, get)
+
+        try:
+            async with asyncio.timeout_at(due):  # a probe may be waited for
+                answer: T = await breaker.call(
+                    ask, timed=False, fails=lambda error: isinstance(error, UnreachableError)
+                )
+                return answer
+        except DependencyOpen as error:
+            raise QueryError(str(error)) from error
+        except TimeoutError as error:
+            raise UnreachableError("timeout, while the server was being probed") from error
+
+    async def _asked(
+        self,
+        path: str,
+        form: Mapping[str, str] | Sequence[tuple[str, str]],
+        due: float,
+        tenant: str,
+        decode: Callable[[bytes], T],
+        get: bool = False,
+    ) -> T:
         """One request and its decoded answer. Raises QueryError for everything that can go wrong; cancellation
         passes."""
         seconds = due - asyncio.get_running_loop().time()
@@ -291,8 +327,10 @@ class PrometheusSource:
         except MalformedError as error:
             raise QueryError(f"{path}: {error}; is {self._base.host} a Prometheus?") from error
         except TimeoutError as error:
-            raise QueryError(f"timeout after {max(0.0, round(seconds, 1)):g} s") from error
-        except (aiohttp.ClientError, OSError, ValueError, TypeError) as error:  # TypeError: a shape nobody documents
+            raise UnreachableError(f"timeout after {max(0.0, round(seconds, 1)):g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnreachableError(_reason(error)) from error
+        except (ValueError, TypeError) as error:  # TypeError: a shape nobody documents
             raise QueryError(_reason(error)) from error
 
     async def _body(self, path: str, form: list[tuple[str, str]], due: float, tenant: str, get: bool) -> bytes:
@@ -313,7 +351,10 @@ class PrometheusSource:
             **options,
         ) as response:
             if response.status != 200:
-                raise QueryError(_refused(response.status, await response.content.read(ERROR_BYTES), response.reason))
+                # 503 is Prometheus' word for a query that it gave up on: that is about the query.
+                down = response.status in (500, 502, 504)
+                text = _refused(response.status, await response.content.read(ERROR_BYTES), response.reason)
+                raise UnreachableError(text) if down else QueryError(text)
             return await _read(response, self.config.max_bytes)
 
     def _open(self) -> aiohttp.ClientSession:
@@ -383,6 +424,10 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
             raise QueryError(f"answer too large: more than {limit} bytes; narrow the query or widen the step")
         parts.append(part)
     return b"".join(parts)
+
+
+def _unreachable(error: Exception) -> bool:
+    return isinstance(error, UnreachableError)
 
 
 def _refused(status: int, body: bytes, phrase: str | None) -> str:
