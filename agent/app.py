@@ -213,10 +213,10 @@ class App:
     serving: Serving
 
     def __init__(
-        self, config: Config, store: Store, telemetry: Telemetry, remediation: Remediation, downstream: Downstream
+        self, config: Config, store: Store, telemetry: Telemetry, remediation: Remediation, downstream: Downstream | None = None
     ) -> None:
         self.config, self.store, self.telemetry = config, store, telemetry
-        self._remediation, self._downstream = remediation, downstream
+        self._remediation, self._downstream = remediation, downstream or Downstream(store)
         self.intake = Intake(
             store, max_requests=config.intake.max_requests, max_bytes=config.intake.max_bytes_in_flight
         )

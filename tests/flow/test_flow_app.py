@@ -27,6 +27,7 @@ class Looked:
     again: float | None = None
     ids: list[str] = field(default_factory=list)
     acting: dict[str, Any] = field(default_factory=dict)
+    situations: Any = field(default_factory=lambda: SimpleNamespace(topology_state="static"))
 
     async def advance(self, id: str) -> float | None:
         self.ids.append(id)
