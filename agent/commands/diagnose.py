@@ -65,7 +65,7 @@ def diagnose_alerts(
     config = msgspec.structs.replace(config, prometheus=prometheus)
     if not config.prometheus.url:
         raise CommandError("diagnose --alert: which Prometheus?", "give --prometheus URL, or set prometheus.url")
-    packs = load_packs(config.packs.dirs, config.packs.disabled_live)
+    packs = load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
     now = time.time() if at is None else at
     answers: list[dict[str, Any]] = []
     for path in files:
