@@ -37,6 +37,7 @@ from agent.intake import Accepted, Intake
 from agent.investigate import Investigation
 from agent.journal.records import AgentStarted, FoldPolicy, Noted, Stored
 from agent.journal.wal import JournalError
+from agent.learning import Learning
 from agent.operations import Operations
 from agent.packs import load_packs
 from agent.reconcile import ReconcileError, reconcile
@@ -126,15 +127,16 @@ async def running(config: Config) -> AsyncIterator[App]:
             )
             verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry)
             remediation = Remediation(config, catalog, store, verifier, telemetry)
-            app = App(config, store, telemetry, remediation, downstream)
+            learning = Learning(config, store, NO_PACKS)
+            app = App(config, store, telemetry, remediation, downstream, learning)
             investigation = app.investigation = Investigation(
-                config, NO_PACKS, store, situations, remediation, verifier, telemetry, app.wake
+                config, NO_PACKS, store, situations, remediation, verifier, telemetry, app.wake, learning=learning
             )
             await app.listen(topology.edges)
             try:
                 # Alerts are safe before anybody can say what they mean: reading the packs keeps no sender waiting.
                 packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disable, config.packs.model)
-                situations.packs = verifier.packs = investigation.packs = packs
+                situations.packs = verifier.packs = investigation.packs = learning.base = packs
                 calm_collector()
                 app.begin()
                 yield app
@@ -213,10 +215,17 @@ class App:
     serving: Serving
 
     def __init__(
-        self, config: Config, store: Store, telemetry: Telemetry, remediation: Remediation, downstream: Downstream | None = None
+        self,
+        config: Config,
+        store: Store,
+        telemetry: Telemetry,
+        remediation: Remediation,
+        downstream: Downstream | None = None,
+        learning: Learning | None = None,
     ) -> None:
         self.config, self.store, self.telemetry = config, store, telemetry
         self._remediation, self._downstream = remediation, downstream or Downstream(store)
+        self._learning = learning
         self.intake = Intake(
             store, max_requests=config.intake.max_requests, max_bytes=config.intake.max_bytes_in_flight
         )
@@ -241,6 +250,7 @@ class App:
             self._downstream.beside(self._remediation.runner),
             policy=self.config.guard_policy,
             on_refused=self.telemetry.refused,
+            learning=self._learning,
         )
         web = build_app(
             self.intake, self.store, operations, health=self.health, metrics=self.telemetry.render, options=options

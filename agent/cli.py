@@ -130,6 +130,20 @@ def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
         made = _add(commands, common, name, _pause, text)
         made.add_argument("--note", default="", help="kept in the journal")
         made.set_defaults(paused=name == "pause")
+    made = _add(commands, common, "feedback", _feedback, "say what an incident's cause was")
+    made.add_argument("id", metavar="INCIDENT", help="an incident's id, or the beginning of one")
+    made.add_argument("--cause", required=True, metavar="CAUSE@SERVICE", help="the true cause and where it was")
+    made.add_argument("--helped", choices=["yes", "no"], default="", help="whether what was done helped")
+    made.add_argument("--note", default="", help="kept in the story")
+    models = _group(commands, "model", "the model that ranks causes: shipped, or with feedback taken into account")
+    _add(models, common, "list", _model, "list the models").set_defaults(what="list")
+    made = _add(models, common, "use", _model, "choose the model that serves")
+    made.add_argument("version", metavar="VERSION", help="shipped, a number, or latest (whatever is learned)")
+    made.set_defaults(what="use")
+    back = _add(models, common, "revert", _model, "go back to the model that served before")
+    back.set_defaults(what="revert")
+    for one in (made, back):
+        one.add_argument("--note", default="", help="kept in the journal")
     breakers = _add(commands, common, "breakers", _breakers, "list circuit breakers, or close one by hand")
     breakers.add_argument("reset", nargs="?", choices=["reset"], help="close the breaker KEY")
     breakers.add_argument("key", nargs="?", default="", metavar="KEY", help="ACTION or ACTION|TARGET")
@@ -344,6 +358,31 @@ def _decide(arguments: argparse.Namespace) -> int:
         note=arguments.note,
         as_json=arguments.json,
     )
+
+
+def _feedback(arguments: argparse.Namespace) -> int:
+    from agent.commands import learned
+
+    return learned.feedback(
+        _config(arguments),
+        _state_dir(arguments),
+        arguments.id,
+        arguments.cause,
+        helped=arguments.helped,
+        note=arguments.note,
+        as_json=arguments.json,
+    )
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    from agent.commands import learned
+
+    state_dir = _state_dir(arguments)
+    if arguments.what == "use":
+        return learned.use(state_dir, arguments.version, note=arguments.note, as_json=arguments.json)
+    if arguments.what == "revert":
+        return learned.revert(state_dir, note=arguments.note, as_json=arguments.json)
+    return learned.list_models(state_dir, as_json=arguments.json)
 
 
 def _pause(arguments: argparse.Namespace) -> int:

@@ -306,6 +306,14 @@ class Investigate(Struct, frozen=True, kw_only=True):
     max_samples: Annotated[int, Meta(ge=1, le=100_000_000)] = 8_000_000  # series times points
 
 
+class Learning(Struct, frozen=True, kw_only=True):
+    """Learning from what people say an incident's cause was (`alertmedic feedback`)."""
+
+    enabled: bool = True
+    window_seconds: Seconds = 3600.0  # for how long feedback counts
+    windows: Mapping[Name, Seconds] = {}  # by evidence group, where its signals are slower
+
+
 class Otlp(Struct, frozen=True, kw_only=True):
     endpoint: Url = ""
     timeout_seconds: Seconds = 5.0
@@ -342,6 +350,7 @@ class Config(Struct, frozen=True, kw_only=True):
     merge: Merge = Merge()
     verify: Verify = Verify()
     investigate: Investigate = Investigate()
+    learning: Learning = Learning()
     otlp: Otlp = Otlp()
     log: Log = Log()
 

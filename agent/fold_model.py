@@ -42,7 +42,9 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from actions.model import IllegalMove, Plan, Refusal, StepMoved, StepState
+from rules.feedback import Tally
 from rules.model import Alert, AlertStatus, Diagnosis
+from rules.recurrence import Precedent, Signature
 from rules.verify import Justification
 from sandbox.model import RunResult
 
@@ -51,6 +53,7 @@ MAX_ALERTS_CLOSED = 50
 MAX_STORY = 300
 MAX_STORY_CLOSED = 120
 MAX_PAST = 20
+MAX_MODELS = 50  # versions kept; the one that serves always is
 MAX_MOVES = 64  # of one step; a step has some ten, retries by a check more
 
 
@@ -106,6 +109,42 @@ PlanState = Literal[
     "failed",
 ]
 MAY_START: frozenset[PlanState] = frozenset({"granted", "approved", "running"})
+
+
+class Given(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a person said the cause was."""
+
+    at: float
+    cause: str
+    service: str
+    helped: bool | None = None
+    who: str
+    origin: str
+    note: str = ""
+
+
+class ModelVersion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model made from feedback; `refused` says why it may not serve, "" if it may."""
+
+    number: int
+    at: float
+    counts: Tally
+    incidents: int
+    golden: str
+    refused: str = ""
+
+
+class Models(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which model serves: 0 is the shipped one. `earlier` served before, newest last."""
+
+    versions: tuple[ModelVersion, ...] = ()
+    serving: int = 0
+    pinned: bool = False
+    earlier: tuple[int, ...] = ()
+    last: int = 0  # newest number that was given
+
+    def version(self, number: int) -> ModelVersion | None:
+        return next((v for v in self.versions if v.number == number), None)
 
 
 class StoryLine(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -205,6 +244,9 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
     evidence_seconds: float = 0.0
     diagnosis_seconds: float = 0.0
     justification: Justification | None = None  # of the best hypothesis, or of the symptom alone
+    signature: Signature | None = None  # what the newest look looked like
+    precedents: tuple[Precedent, ...] = ()  # earlier incidents that looked alike
+    feedback: Given | None = None  # newest
     plan: Plan | None = None
     plan_digest: str = ""
     plan_state: PlanState = ""

@@ -23,10 +23,12 @@ from agent.fold_model import (
     Current,
     Incident,
     IncidentState,
+    Models,
     StepView,
     StoryLine,
 )
 from agent.journal.records import AgentStarted, AlertQuarantined, FoldPolicy, PauseSet
+from rules.feedback import Observation
 
 SNAPSHOT_VERSION = 1
 ACTION_SECONDS = 7 * 86400.0
@@ -34,6 +36,7 @@ MAX_ACTIONS = 10_000
 MAX_BREAKERS = 10_000
 MAX_QUARANTINE = 200
 MAX_LOG = 300
+MAX_OBSERVATIONS = 2_000
 BUSY = UNSETTLED | {StepState.RAN}  # a target with such a step is somebody's: nobody else touches it
 
 IndexKey = tuple[str, str, str]  # (group | symptom | service, tenant, value)
@@ -71,6 +74,8 @@ class _Body(msgspec.Struct, kw_only=True):
     log: list[StoryLine]
     paused: PauseSet | None
     started: AgentStarted | None
+    observations: list[Observation] = []
+    models: Models = Models()
 
 
 class State:
@@ -92,6 +97,8 @@ class State:
         self.log: list[StoryLine] = []  # what belongs to no incident
         self.paused: PauseSet | None = None
         self.started: AgentStarted | None = None
+        self.observations: list[Observation] = []  # what people said, oldest first; one an incident
+        self.models = Models()
         self._frozen: set[str] = set()  # ids whose Incident a snapshot in progress still reads
 
     # -- questions
@@ -269,6 +276,7 @@ class State:
         """A throw-away state with copies of these incidents alone, to try records on before they are written."""
         twin = State()
         twin.seq, twin.now, twin.policy = self.seq, self.now, self.policy
+        twin.models = self.models
         for id in ids:
             known = self.incidents.get(id)
             if known is not None:
@@ -309,6 +317,7 @@ class State:
         state.actions, state.log = raw.actions, raw.log
         state.quarantined, state.quarantined_count = raw.quarantined, raw.quarantined_count
         state.paused, state.started = raw.paused, raw.started
+        state.observations, state.models = raw.observations, raw.models
         return state
 
 
@@ -331,6 +340,8 @@ class FrozenState:
         self._log = list(state.log)
         self._paused = state.paused
         self._started = state.started
+        self._observations = list(state.observations)
+        self._models = state.models
 
     def encode(self) -> bytes:
         """The snapshot's body (JSON). Incident by incident, so that no single call holds the interpreter for long."""
@@ -353,6 +364,8 @@ class FrozenState:
                 log=self._log,
                 paused=self._paused,
                 started=self._started,
+                observations=self._observations,
+                models=self._models,
             )
         )
 

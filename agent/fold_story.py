@@ -16,7 +16,10 @@ from agent.journal.records import (
     ApprovalGiven,
     BreakerRecorded,
     Diagnosed,
+    FeedbackGiven,
     IncidentMoved,
+    ModelChosen,
+    ModelMade,
     Noted,
     PauseSet,
     PlanDeclined,
@@ -24,6 +27,7 @@ from agent.journal.records import (
     StepRecorded,
 )
 from rules.model import Alert
+from rules.recurrence import Precedent
 from sandbox.model import RunResult
 
 TEXT = 240  # characters of any one text from outside
@@ -105,6 +109,35 @@ def diagnosed(record: Diagnosed) -> str:
     if record.diagnosis.missing:
         text += f"; without {_list([plain(m, 60) for m in sorted(record.diagnosis.missing)])}"
     return text
+
+
+def precedent_words(precedent: Precedent, now: float) -> str:
+    days = max(0.0, now - precedent.at) / 86400.0
+    ago = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours" if days * 24 >= 2 else f"{days * 1440:.0f} min"
+    sure = {"feedback": "a person said so", "verified": "verified by what fixed it"}
+    cause = f"{plain(precedent.cause, 80)} on {plain(precedent.service, 80)}" if precedent.cause else "cause unknown"
+    fixed = f", fixed by {_list([plain(a, 80) for a in precedent.fixed_by])}" if precedent.fixed_by else ""
+    alike = f"{precedent.similarity:.0%} alike"
+    known = sure.get(precedent.confirmed, "unconfirmed")
+    return f"seen before: {precedent.incident} {ago} ago, {alike}: {cause} ({known}){fixed}"
+
+
+def feedback_given(record: FeedbackGiven) -> str:
+    helped = "" if record.helped is None else f"; what was done {'helped' if record.helped else 'did not help'}"
+    said = f"{plain(record.cause, 80)} on {plain(record.service, 80)}"
+    whence = f"({plain(record.origin, 80)}){_because(record.note)}"
+    return f"{plain(record.who, 80)} says that the cause was {said}{helped} {whence}"
+
+
+def model_made(record: ModelMade) -> str:
+    what = f"model {record.number} from the feedback of {record.incidents} incidents, golden incidents: {record.golden}"
+    return f"{what}; refused: {plain(record.refused)}" if record.refused else f"{what}; it may serve"
+
+
+def model_chosen(record: ModelChosen) -> str:
+    what = f"model {record.number}" if record.number else "the shipped model"
+    held = " until another is chosen" if record.pinned else ""
+    return f"{plain(record.who, 80)}: {what} serves{held}{_because(record.reason)}"
 
 
 def plan_made(record: PlanMade) -> str:

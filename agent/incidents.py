@@ -14,6 +14,7 @@ import msgspec
 
 from actions.model import STEP_FINAL, IllegalMove, Refusal, StepState
 from actions.model import check_move as check_step_move
+from agent import fold_learning
 from agent import fold_story as story
 from agent.alerts import decode_usual, usual_alert
 from agent.fold_merge import Merge
@@ -47,7 +48,10 @@ from agent.journal.records import (
     ApprovalGiven,
     BreakerRecorded,
     Diagnosed,
+    FeedbackGiven,
     IncidentMoved,
+    ModelChosen,
+    ModelMade,
     Noted,
     PauseSet,
     PayloadReceived,
@@ -149,6 +153,14 @@ def _apply(state: State, seq: int, record: Record) -> Changes:
                 state.policy = record.policy
             state.tell(record.at, story.agent_started(record), "agent_started")
             return NOTHING
+        case FeedbackGiven():
+            return fold_learning.feedback(state, seq, record)
+        case ModelMade():
+            fold_learning.made(state, record)
+            return NOTHING
+        case ModelChosen():
+            fold_learning.chosen(state, record)
+            return NOTHING
         case PauseSet():
             state.paused = record
             state.tell(record.at, story.pause_set(record), "pause_set")
@@ -179,8 +191,10 @@ def check(state: State, record: Record) -> None:
     match record:
         case IncidentMoved():
             _check_incident_move(_known(state, record.incident), record)
-        case Diagnosed() | PlanDeclined() | ApprovalGiven():
+        case Diagnosed() | PlanDeclined() | ApprovalGiven() | FeedbackGiven():
             _known(state, record.incident)
+        case ModelMade() | ModelChosen():
+            fold_learning.check(state, record)
         case Noted():
             if record.incident:  # "" is a note for the log
                 _known(state, record.incident)
@@ -272,7 +286,10 @@ def _diagnosed(state: State, seq: int, record: Diagnosed) -> Changes:
     incident.evidence_seconds, incident.diagnosis_seconds = record.evidence_seconds, record.diagnosis_seconds
     incident.evidence_at = record.evidence_at
     incident.justification = record.justification
+    incident.signature, incident.precedents = record.signature, record.precedents
     incident.tell(record.at, story.diagnosed(record), "diagnosed")
+    if record.precedents:
+        incident.tell(record.at, story.precedent_words(record.precedents[0], record.at), "diagnosed")
     return Changes((incident.id,))
 
 

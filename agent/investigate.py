@@ -30,14 +30,16 @@ from agent.fold_model import FINAL, Incident, IncidentState
 from agent.fold_story import plain
 from agent.journal.records import Diagnosed, IncidentMoved, Noted, PlanDeclined, PlanMade, Record
 from agent.journal.wal import JournalError
+from agent.learning import Learning, precedents
 from agent.remediation import Remediation
 from agent.situation import Situations
 from agent.store import Store
 from agent.telemetry import Telemetry
 from agent.verify import SeriesVerifier
-from rules.diagnose import diagnose
+from rules.diagnose import conclude, observe
 from rules.model import Alert, Diagnosis, Situation
 from rules.packs import PackSet
+from rules.recurrence import Signature, signature_of
 from rules.verify import Justification, justification_of, symptoms_of
 from sandbox.failpoint import failpoint
 
@@ -61,6 +63,15 @@ STALE_LOOKS = 2  # beyond the rounds, where evidence grew old before a plan was 
 WEAK = frozenset({Refusal.LOW_POSTERIOR, Refusal.LOW_MARGIN})
 
 
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """What one look came to."""
+
+    diagnosis: Diagnosis
+    justification: Justification
+    signature: Signature
+
+
 @dataclass(slots=True)
 class Investigation:
     """What an investigation works with. `advance` is the only way in."""
@@ -74,6 +85,7 @@ class Investigation:
     telemetry: Telemetry
     wake: Callable[[str, float], None]  # look at the incident again at that time
     clock: Callable[[], float] = time.time
+    learning: Learning | None = None  # None: only the shipped model ranks
     acting: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _cancel: dict[str, asyncio.Event] = field(default_factory=dict)
     _interruptions: dict[str, int] = field(default_factory=dict)
@@ -127,7 +139,9 @@ class Investigation:
             await asyncio.to_thread(keep, kept / f"{incident.id}-{incident.reopened}-{incident.rounds}", situation)
         gathered = time.perf_counter()
         with self.telemetry.stage("diagnosis", incident.id, incident.traceparent):
-            diagnosis, justification = await asyncio.to_thread(self._rank, situation)
+            packs = self.packs if self.learning is None else await self.learning.packs(self.clock())
+            ranked = await asyncio.to_thread(self._rank, situation, packs)
+        diagnosis = ranked.diagnosis
         self.telemetry.hypotheses_generated(len(diagnosis.hypotheses))
         failpoint("investigate_before_diagnosed")
         now = self.clock()
@@ -139,8 +153,10 @@ class Investigation:
                 evidence_seconds=gathered - begun,
                 diagnosis_seconds=time.perf_counter() - gathered,
                 evidence_at=situation.until,
-                justification=justification,
+                justification=ranked.justification,
                 seen=seen,
+                signature=ranked.signature,
+                precedents=precedents(self.store.state, incident, ranked.signature, packs),
             ),
             self._moved(incident, _I.DIAGNOSED, "", at=now),
         )
@@ -304,13 +320,13 @@ class Investigation:
 
     # -- what the states share ---------------------------------------------------------------------------------------
 
-    def _rank(self, situation: Situation) -> tuple[Diagnosis, Justification]:
+    def _rank(self, situation: Situation, packs: PackSet) -> Ranked:
         """Pure work, off the loop. The justification is the best hypothesis', or the symptom's alone."""
-        diagnosis = diagnose(situation, self.packs)
+        observer = observe(situation, packs)
+        diagnosis = conclude(observer)
         best = diagnosis.best
-        if best is None:
-            return diagnosis, symptoms_of(situation, self.packs)
-        return diagnosis, justification_of(situation, best, self.packs)
+        justified = symptoms_of(situation, packs) if best is None else justification_of(situation, best, packs)
+        return Ranked(diagnosis, justified, signature_of(observer))
 
     async def _again(self, incident: Incident, due: float, why: str) -> float | None:
         """Another round of investigation, not before `due`."""

@@ -21,8 +21,18 @@ from actions.breaker import Breaker
 from actions.model import Declined, Plan, Refusal
 from actions.policy import GuardPolicy
 from agent.fold_model import Approval, Incident, IncidentState, person_of
-from agent.http.api import ApprovalAnswer, Outcome
-from agent.journal.records import ApprovalGiven, IncidentMoved, Noted, PauseSet, PlanMade, Record
+from agent.http.api import ApprovalAnswer, Outcome, Said
+from agent.journal.records import (
+    ApprovalGiven,
+    FeedbackGiven,
+    IncidentMoved,
+    ModelChosen,
+    Noted,
+    PauseSet,
+    PlanMade,
+    Record,
+)
+from agent.learning import Learning
 from agent.signed import Link, LinkError, verified
 from agent.store import Store
 from sandbox.failpoint import failpoint
@@ -64,12 +74,14 @@ class Operations:
         clock: Callable[[], float] = time.time,
         policy: GuardPolicy | None = None,
         on_refused: Callable[[Refusal], None] = lambda _: None,
+        learning: Learning | None = None,
     ) -> None:
         self._store = store
         self._runner = runner
         self._clock = clock
         self._policy = policy or GuardPolicy()
         self._on_refused = on_refused
+        self._learning = learning
 
     async def approve(self, incident: str, digest: str, who: str, origin: str, note: str) -> ApprovalAnswer:
         return await self._decide(_Decision(incident, digest, "approve", who, origin, note))
@@ -97,6 +109,40 @@ class Operations:
             return False
         await self._runner.reset_breaker(key, f"reset by {who} ({origin})" + (f": {note}" if note else ""))
         return True
+
+    async def feedback(self, incident: str, said: Said, who: str, origin: str) -> str:
+        learning = self._learning
+        if learning is not None and said.cause not in learning.base.causes:
+            raise ValueError(f"no pack knows the cause {said.cause[:100]!r}")
+        now = self._clock()
+        given = FeedbackGiven(
+            at=now,
+            incident=incident,
+            cause=said.cause,
+            service=said.service,
+            helped=said.helped,
+            who=who,
+            origin=origin,
+            note=said.note,
+        )
+        await self._store.record(given)
+        if learning is None:
+            return "no service is running: the model is made, and held against the golden incidents, when one is"
+        await learning.packs(now)
+        return learning.told()
+
+    async def use_model(self, version: int | None, who: str, origin: str, note: str) -> int:
+        models = self._store.state.models
+        number = models.serving if version is None else version
+        pinned = version is not None
+        record = ModelChosen(at=self._clock(), number=number, pinned=pinned, who=f"{who} ({origin})", reason=note)
+        await self._store.record(record)
+        return self._store.state.models.serving
+
+    async def revert_model(self, who: str, origin: str, note: str) -> int:
+        models = self._store.state.models
+        number = models.earlier[-1] if models.earlier else 0
+        return await self.use_model(number, who, origin, note or f"back from model {models.serving}")
 
     def _used(self, link: Link) -> bool:
         incident = self._store.state.incident(link.incident)

@@ -26,6 +26,7 @@ from agent.journal.records import (
     AlertsReceived,
     ApprovalGiven,
     Diagnosed,
+    FeedbackGiven,
     IncidentMoved,
     Noted,
     PayloadReceived,
@@ -122,6 +123,8 @@ class Store:
         self._check_going()
         names = sorted({id for record in records if (id := _incident_of(record))})
         if not names:
+            for record in records:
+                check(self._state, record)
             return await self._applied(await self._wal.append(records))
         # One at a time per incident: a check against the state holds only while nothing else moves that incident.
         while waiting := [self._moving[id] for id in names if id in self._moving]:
@@ -288,7 +291,7 @@ class Store:
 def _incident_of(record: Record) -> str:
     """The incident that a record is about, "" for one that is about none."""
     match record:
-        case IncidentMoved() | Diagnosed() | PlanDeclined() | ApprovalGiven() | Noted():
+        case IncidentMoved() | Diagnosed() | PlanDeclined() | ApprovalGiven() | Noted() | FeedbackGiven():
             return record.incident
         case PlanMade():
             return record.plan.incident

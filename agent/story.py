@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from actions.model import Plan, Step, StepState
 from agent.fold_model import Incident, IncidentState, StepView
+from agent.fold_story import precedent_words
 from agent.log import printable
 from rules.model import Alert, Contribution, Hypothesis
 from sandbox.model import RunResult
@@ -225,12 +226,21 @@ def _hypotheses(incident: Incident) -> Iterator[Row]:
     if diagnosis is None:
         return
     verdict = "insufficient evidence" if diagnosis.verdict == "insufficient_evidence" else "ranked"
-    tone: Tone = "warn" if verdict != "ranked" else "title"
+    tone: Tone = "warn" if diagnosis.best is None else "title"
+    if verdict == "ranked":
+        verdict += ", the first stands clear" if diagnosis.clear else ", but none stands clear: nothing is proposed"
     yield Row(f"{verdict}; {diagnosis.candidates} candidates were weighed", incident.diagnosed_at, tone=tone)
     if diagnosis.sentence:
         yield Row(printable(diagnosis.sentence))
     for rank, hypothesis in enumerate(diagnosis.hypotheses, 1):
         yield from _hypothesis(rank, hypothesis)
+    for precedent in incident.precedents:
+        yield Row(printable(precedent_words(precedent, incident.diagnosed_at)), tone="dim")
+    if diagnosis.version:
+        yield Row(printable(f"weighed with {diagnosis.version}"), tone="dim")
+    if (given := incident.feedback) is not None:
+        helped = "" if given.helped is None else f"; what was done {'helped' if given.helped else 'did not help'}"
+        yield Row(printable(f"the cause was {given.cause} on {given.service}, says {given.who}{helped}"), given.at)
 
 
 def _hypothesis(rank: int, hypothesis: Hypothesis) -> Iterator[Row]:

@@ -73,13 +73,13 @@ def decide(state_dir: Path, incident: str, decision: Decision, *, digest: str, n
     socket_path = state_dir / "control.sock"
     at = f"/api/v1/incidents/{urllib.parse.quote(incident, safe='')}"
     if (seen := call(socket_path, "GET", at)) is None:
-        answer, plan = _offline(state_dir, lambda s, o: _decide_offline(s, o, incident, decision, digest, note))
+        answer, plan = offline(state_dir, lambda s, o: _decide_offline(s, o, incident, decision, digest, note))
     else:
-        plan = _checked(*seen)["plan"] or {}
+        plan = checked(*seen)["plan"] or {}
         body = {"digest": digest or plan.get("digest", ""), "note": note, "who": who()}
         if (reply := call(socket_path, "POST", f"{at}/{decision}", body)) is None:
             raise CommandError("the service has just stopped", "try again", Exit.UNREACHABLE)
-        answer = _checked(*reply)
+        answer = checked(*reply)
     if as_json:
         emit_json(answer | {"plan_steps": [list(step["argv"]) for step in plan.get("steps", [])]})
         return Exit.OK
@@ -113,9 +113,9 @@ def pause(state_dir: Path, *, paused: bool, note: str, as_json: bool) -> Exit:
     target = "/api/v1/pause" if paused else "/api/v1/resume"
     reply = call(state_dir / "control.sock", "POST", target, {"note": note, "who": who()})
     if reply is None:
-        _offline(state_dir, lambda _, o: o.pause(paused, who(), origin(), note))
+        offline(state_dir, lambda _, o: o.pause(paused, who(), origin(), note))
     else:
-        _checked(*reply)
+        checked(*reply)
     if as_json:
         emit_json({"paused": paused})
     else:
@@ -127,10 +127,10 @@ def reset_breaker(state_dir: Path, key: str, *, note: str, as_json: bool) -> Exi
     """Closes a circuit breaker by hand."""
     reply = call(state_dir / "control.sock", "POST", "/api/v1/breakers/reset", {"key": key, "note": note, "who": who()})
     if reply is None:
-        if not _offline(state_dir, lambda _, o: o.reset_breaker(key, who(), origin(), note)):
+        if not offline(state_dir, lambda _, o: o.reset_breaker(key, who(), origin(), note)):
             raise CommandError(f"no breaker {key!r}", "alertmedic breakers lists them")
     else:
-        _checked(*reply)
+        checked(*reply)
     if as_json:
         emit_json({"key": key, "state": "closed"})
     else:
@@ -150,7 +150,7 @@ def origin() -> str:
     return f"cli uid={os.getuid()}"
 
 
-def _checked(status: int, answer: Any) -> Any:
+def checked(status: int, answer: Any) -> Any:
     """The answer, or CommandError with the service's reason."""
     if status == 200:
         return answer
@@ -159,7 +159,7 @@ def _checked(status: int, answer: Any) -> Any:
     raise CommandError(error.get("reason") or f"the service answered {status}", error.get("hint", ""), code)
 
 
-def _offline(state_dir: Path, act: Callable[[Store, Operations], Awaitable[T]]) -> T:
+def offline(state_dir: Path, act: Callable[[Store, Operations], Awaitable[T]]) -> T:
     """Acts on the journal itself, as its only writer. Raises CommandError (UNREACHABLE) when a service holds it."""
     from agent.journal.files import JournalLocked
     from agent.store import Store, journal_directory

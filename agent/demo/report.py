@@ -73,6 +73,7 @@ class Verdict:
     diagnosed_at: str | None
     recovered_at: str | None
     mttr_seconds: float | None
+    clear: bool | None = None  # whether that cause stood clear of all others; None: no diagnosis
 
     @property
     def passed(self) -> bool:
@@ -109,7 +110,9 @@ def judge(fault: str, incidents: Sequence[dict[str, Any]], measured: Measured) -
     tops = [top for incident in incidents if (top := top_hypothesis(incident)) is not None]
     right = [(t["cause"], t["service"]) == (expected.cause, expected.service) for t in tops]
     acted = [(incident, touched) for incident in incidents if (touched := touching_steps(incident))]
-    top = top_hypothesis(acted[0][0]) if acted else (tops[0] if tops else None)
+    ranked = [incident for incident in incidents if top_hypothesis(incident) is not None]
+    shown = acted[0][0] if acted else (ranked[0] if ranked else None)
+    top = top_hypothesis(shown) if shown is not None else None
     outcome: Outcome = "failed"
     if len(acted) == 1 and acted[0][0]["state"] == "resolved" and measured.recovered_at is not None:
         outcome = "healed"
@@ -122,6 +125,7 @@ def judge(fault: str, incidents: Sequence[dict[str, Any]], measured: Measured) -
         alert=ALERT,
         top_cause=top["cause"] if top else None,
         posterior=round(top["posterior"], 4) if top else None,
+        clear=shown["clear"] if shown is not None and top else None,
         correct=bool(right) and all(right),
         action=action,
         outcome=outcome,
@@ -143,9 +147,10 @@ def _optional_time(at: float | None) -> str | None:
 
 
 def write(path: Path, verdicts: Iterable[Verdict]) -> None:
-    """The report as `{"incidents": [...]}`."""
+    """The report as `{"incidents": [...]}`; whether a cause stood clear shows in the table alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(orjson.dumps({"incidents": [asdict(v) for v in verdicts]}, option=orjson.OPT_INDENT_2) + b"\n")
+    rows = [{name: value for name, value in asdict(v).items() if name != "clear"} for v in verdicts]
+    path.write_bytes(orjson.dumps({"incidents": rows}, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def table(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> Table:
@@ -163,7 +168,7 @@ def table(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> Table:
 
         shown.add_row(
             verdict.fault,
-            verdict.top_cause or "none",
+            (verdict.top_cause or "none") + (" (not clear)" if verdict.clear is False else ""),
             "-" if verdict.posterior is None else f"{verdict.posterior:.3f}",
             verdict.action or "none",
             verdict.enforced_by or "-",

@@ -8,16 +8,17 @@ caller may not see does not exist for him: an incident of another tenant is 404.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 import orjson
 from aiohttp import web
 
+from actions.model import IllegalMove
 from agent.fold_model import Incident, IncidentState
 from agent.http.auth import AccessError, Caller, Guard
 from agent.http.body import JSON, RequestError, read_body
-from agent.http.render import breaker_json, incident_json, quarantine_json
+from agent.http.render import breaker_json, incident_json, models_json, quarantine_json
 from agent.store import Store
 
 Outcome = Literal[
@@ -66,6 +67,26 @@ class Operations(Protocol):
     async def reset_breaker(self, key: str, who: str, origin: str, note: str) -> bool:
         """Closes the breaker; False when there is none of that key."""
 
+    async def feedback(self, incident: str, said: Said, who: str, origin: str) -> str:
+        """Keeps what a person says; answers what it did to the model, in words. Raises UnknownIncident, and ValueError
+        for a cause that nobody knows."""
+
+    async def use_model(self, version: int | None, who: str, origin: str, note: str) -> int:
+        """Model `version` serves until another is chosen (0: the shipped one; None: whatever is learned); answers which
+        one serves. Raises IllegalMove for one that is not known or was refused."""
+
+    async def revert_model(self, who: str, origin: str, note: str) -> int:
+        """The model that served before serves again, until another is chosen."""
+
+
+class Said(msgspec.Struct, frozen=True, kw_only=True):
+    """What a person says an incident's cause was."""
+
+    cause: str
+    service: str
+    helped: bool | None = None
+    note: str = ""
+
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     who: str = ""  # the command line says who sits there; over TCP the credential does
@@ -74,6 +95,16 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class _Decision(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     digest: str
+
+
+class _Feedback(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    cause: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    service: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+    helped: bool | None = None
+
+
+class _Use(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    version: int | Literal["latest"]
 
 
 class _Reset(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,6 +130,10 @@ class Api:
             "/api/v1/incidents/*": {"GET": self.incident},
             "/api/v1/incidents/*/approve": {"POST": self.approve},
             "/api/v1/incidents/*/reject": {"POST": self.reject},
+            "/api/v1/incidents/*/feedback": {"POST": self.feedback},
+            "/api/v1/models": {"GET": self.models},
+            "/api/v1/models/use": {"POST": self.use_model},
+            "/api/v1/models/revert": {"POST": self.revert_model},
             "/api/v1/pause": {"POST": self.pause},
             "/api/v1/resume": {"POST": self.resume},
             "/api/v1/breakers": {"GET": self.breakers},
@@ -193,6 +228,41 @@ class Api:
         if not await self._operations.reset_breaker(body.key, _who(caller, body), caller.origin, body.note):
             raise RequestError(404, f"no breaker {body.key[:200]!r}", "$.key", "GET /api/v1/breakers lists them")
         return _json({"key": body.key, "state": "closed"})
+
+    async def feedback(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
+        caller = self._guard.admit(request, "approve")
+        incident = self._visible(id, caller)
+        body = await self._body(request, _Feedback)
+        said = Said(cause=body.cause, service=body.service, helped=body.helped, note=body.note)
+        try:
+            told = await self._operations.feedback(incident.id, said, _who(caller, body), caller.origin)
+        except ValueError as error:
+            raise RequestError(400, str(error), "$.cause", "alertmedic packs list") from error
+        return _json({"incident": incident.id, "recorded": True, "model": told})
+
+    async def models(self, request: web.BaseRequest, _: str) -> web.StreamResponse:
+        """The models made from feedback belong to all tenants."""
+        _for_all(self._guard.admit(request, "read"))
+        return _json(models_json(self._store.state.models))
+
+    async def use_model(self, request: web.BaseRequest, _: str) -> web.StreamResponse:
+        caller = self._guard.admit(request, "approve")
+        _for_all(caller)
+        body = await self._body(request, _Use)
+        version = None if body.version == "latest" else int(body.version)
+        return await self._chosen(self._operations.use_model(version, _who(caller, body), caller.origin, body.note))
+
+    async def revert_model(self, request: web.BaseRequest, _: str) -> web.StreamResponse:
+        caller = self._guard.admit(request, "approve")
+        _for_all(caller)
+        body = await self._body(request, _Body)
+        return await self._chosen(self._operations.revert_model(_who(caller, body), caller.origin, body.note))
+
+    async def _chosen(self, choosing: Awaitable[int]) -> web.StreamResponse:
+        try:
+            return _json({"serving": await choosing})
+        except IllegalMove as error:
+            raise RequestError(409, str(error), "$.version", "GET /api/v1/models lists them") from error
 
     # -- requests
 

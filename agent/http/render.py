@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from actions.model import BreakerMoved
-from agent.fold_model import Incident
+from agent.fold_model import Incident, Models
 from agent.journal.records import AlertQuarantined
 
 
@@ -57,6 +57,10 @@ def incident_json(incident: Incident) -> dict[str, Any]:
         "verdict": None if diagnosis is None else diagnosis.verdict,
         "sentence": "" if diagnosis is None else diagnosis.sentence,
         "missing": {} if diagnosis is None else diagnosis.missing,
+        "clear": False if diagnosis is None else diagnosis.verdict == "ranked" and diagnosis.clear,
+        "model": "" if diagnosis is None else diagnosis.version,
+        "precedents": [plain(p) for p in incident.precedents],
+        "feedback": None if incident.feedback is None else plain(incident.feedback),
         "hypotheses": [] if diagnosis is None else [plain(h) for h in diagnosis.hypotheses],
         "plan": _plan(incident),
         "past_plans": [plain(p) for p in incident.past],
@@ -78,6 +82,17 @@ def breaker_json(breaker: BreakerMoved) -> dict[str, Any]:
         "open_until": rfc3339(breaker.open_until) if breaker.open_until else None,
         "opened_count": breaker.opened_count,
         "reason": breaker.reason,
+    }
+
+
+def models_json(models: Models) -> dict[str, Any]:
+    """`{serving, pinned, earlier, versions: [{number, at, counts, incidents, golden, refused}]}`; 0 is the shipped
+    model."""
+    return {
+        "serving": models.serving,
+        "pinned": models.pinned,
+        "earlier": list(models.earlier),
+        "versions": [plain(version) for version in models.versions],
     }
 
 

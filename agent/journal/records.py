@@ -11,7 +11,9 @@ from typing import Literal
 import msgspec
 
 from actions.model import BreakerMoved, Plan, Refusal, StepMoved
+from rules.feedback import Tally
 from rules.model import Alert, Diagnosis
+from rules.recurrence import Precedent, Signature
 from rules.verify import Justification
 
 
@@ -86,6 +88,8 @@ class Diagnosed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, t
     evidence_at: float = 0.0  # end of the window that was looked at
     justification: Justification | None = None  # what spoke for the best hypothesis: recovery is judged by it
     seen: int = 0  # newest sequence number applied when the look at the evidence began; 0: not told
+    signature: Signature | None = None  # what it looked like: what feedback and later incidents are compared with
+    precedents: tuple[Precedent, ...] = ()
 
 
 class PlanMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_made"):
@@ -149,6 +153,42 @@ class PauseSet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     note: str = ""
 
 
+class FeedbackGiven(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="feedback_given"):
+    """What a person says an incident's cause was, and whether what was done helped. The newest one counts."""
+
+    at: float
+    incident: str
+    cause: str
+    service: str
+    helped: bool | None = None  # None: not told
+    who: str
+    origin: str
+    note: str = ""
+
+
+class ModelMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="model_made"):
+    """A model that takes `counts` into account was held against the golden incidents. It serves from here on, unless
+    `refused` says why not, or a person chose another."""
+
+    at: float
+    number: int
+    counts: Tally
+    incidents: int  # whose feedback was counted
+    golden: str  # how the golden incidents came out, in words
+    refused: str = ""
+
+
+class ModelChosen(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="model_chosen"):
+    """The model `number` serves from here on (0: the shipped one). `pinned`: until another one is chosen; otherwise
+    what is learned next takes its place."""
+
+    at: float
+    number: int
+    pinned: bool
+    who: str
+    reason: str = ""
+
+
 Record = (
     AlertsReceived
     | PayloadReceived
@@ -163,6 +203,9 @@ Record = (
     | Noted
     | AgentStarted
     | PauseSet
+    | FeedbackGiven
+    | ModelMade
+    | ModelChosen
 )
 
 KINDS: dict[str, type] = {
@@ -181,6 +224,9 @@ KINDS: dict[str, type] = {
         Noted,
         AgentStarted,
         PauseSet,
+        FeedbackGiven,
+        ModelMade,
+        ModelChosen,
     )
 }
 VERSIONS: dict[str, int] = dict.fromkeys(KINDS, 1)
