@@ -120,6 +120,7 @@ class GuardContext:
     breakers: Mapping[str, Breaker] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict)
     local_hosts: frozenset[str] = LOCAL_HOSTS
+    remote_hosts: frozenset[str] = frozenset()  # where steps can run through SSH
     claims: tuple[Claim, ...] = ()  # of other incidents
     callers: Mapping[str, frozenset[str]] = field(default_factory=dict)  # service -> services that need it
     degraded: Mapping[str, frozenset[str]] = field(default_factory=dict)  # service in trouble -> diagnosed causes
@@ -254,8 +255,9 @@ def gate_maintenance(proposal: ProposalLike, __: ActionDefinition, context: Guar
 
 def gate_host(proposal: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
     host = context.inventory[proposal.service].get("host", "")
-    if definition.where == "host" and host not in context.local_hosts:
-        return _no(Refusal.NOT_LOCAL, f"{proposal.service} runs on {host}, and no remote executor is configured")
+    if definition.where == "host" and host not in context.local_hosts | context.remote_hosts:
+        hint = f"no remote executor is configured (hosts.{host})"
+        return _no(Refusal.NOT_LOCAL, f"{proposal.service} runs on {host}, and {hint}")
     return None
 
 

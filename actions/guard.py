@@ -88,7 +88,13 @@ class ApprovalLike(Protocol):
     def decision(self) -> str: ...
 
 
-async def consider(proposal: ProposalLike, catalog: Catalog, context: GuardContext, run: SandboxRun) -> Plan | Declined:
+async def consider(
+    proposal: ProposalLike,
+    catalog: Catalog,
+    context: GuardContext,
+    run: SandboxRun,
+    on_host: Callable[[str], SandboxRun] | None = None,
+) -> Plan | Declined:
     """The whole way from a proposal to a plan: choose the variant, check parameters, pass the gates that need no
     target, look up the targets, check the preconditions, pass all gates. Never raises for what it was given."""
     definition = catalog.choose(proposal.action, context.inventory.get(proposal.service))
@@ -102,6 +108,8 @@ async def consider(proposal: ProposalLike, catalog: Catalog, context: GuardConte
     if refused := early if isinstance(early, Declined) else _too_low(early, definition):
         return refused
     secrets = {s.name: context.secrets[s.name] for s in definition.environment if s.name in context.secrets}
+    if (host := host_of(proposal.service, definition, context)) and on_host is not None:
+        run = on_host(host)  # what is looked at is what would be acted on
     targets = await resolve_targets(definition, values, run, secrets)
     if isinstance(targets, Declined):
         return targets
@@ -123,7 +131,7 @@ def decide(proposal: ProposalLike, definition: ActionDefinition, context: GuardC
         return caps
     steps: list[Step] = []
     for target in context.targets:
-        step = make_step(definition, context.values, target)
+        step = make_step(definition, context.values, target, host_of(proposal.service, definition, context))
         if isinstance(step, Declined):
             return step
         steps.append(step)
@@ -308,7 +316,15 @@ async def check_preconditions(
     return None
 
 
-def make_step(definition: ActionDefinition, values: Mapping[str, ParamValue], target: Target) -> Step | Declined:
+def host_of(service: str, definition: ActionDefinition, context: GuardContext) -> str:
+    """The remote host that the action runs on; "" for this one."""
+    host = context.inventory.get(service, {}).get("host", "")
+    return host if definition.where == "host" and host in context.remote_hosts else ""
+
+
+def make_step(
+    definition: ActionDefinition, values: Mapping[str, ParamValue], target: Target, host: str = ""
+) -> Step | Declined:
     """The exact step for one target: nothing is left to fill in. Its digest covers every argument."""
     from_target = definition.values({"target": target.params})
     if isinstance(from_target, Declined):
@@ -331,6 +347,7 @@ def make_step(definition: ActionDefinition, values: Mapping[str, ParamValue], ta
             limits=definition.limits,
             needs=definition.needs,
             user=definition.user,
+            host=host,
             idempotent=definition.idempotent,
             read_only=definition.read_only,
             params=params,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -47,7 +47,7 @@ class Ledger(Protocol):
 
 
 class Sandbox(Protocol):
-    """The package `sandbox` itself has this shape."""
+    """What carries a step out: `agent.remote.Executors`, here or on another host. `host`: "" is this one."""
 
     async def run(
         self,
@@ -62,9 +62,10 @@ class Sandbox(Protocol):
         needs: Needs | None = None,
         secrets: Mapping[str, str] | None = None,
         redact: Sequence[str] = (),
+        host: str = "",
     ) -> RunResult: ...
-    async def kill_leaf(self, leaf: str, deadline_seconds: float) -> bool: ...
-    def leaf_name(self) -> str: ...
+    async def kill_leaf(self, leaf: str, deadline_seconds: float, host: str = "") -> bool: ...
+    def leaf_name(self, host: str = "") -> str: ...
 
 
 class Verifier(Protocol):
@@ -367,7 +368,7 @@ class Runner:
         step = book.plan.steps[i]
         await self._begin_calls(book, i)
         failpoint("runner_before_intent")
-        leaf = self._sandbox.leaf_name()
+        leaf = self._leaf_name(step)
         await book.move(i, _S.INTENT, remark, leaf=leaf, snapshot=snapshot)
         failpoint("runner_after_intent")
         result = await self._effect(book.plan, step, step.argv, leaf)
@@ -389,6 +390,7 @@ class Runner:
         by_descriptor = {n: value for n, value in secrets.items() if n in step.descriptors}
         by_name = {n: value for n, value in secrets.items() if n not in step.descriptors}
         extra = {**self._settings.environment(plan), **by_name}
+        where: dict[str, Any] = {"host": step.host} if step.host else {}
         try:
             async with asyncio.timeout(step.limits.timeout_seconds + self._settings.grace_seconds):
                 return await self._sandbox.run(
@@ -401,6 +403,7 @@ class Runner:
                     needs=step.needs,
                     secrets=by_descriptor,
                     redact=tuple(by_name.values()),
+                    **where,
                 )
         except SandboxUnavailable as error:
             return RunResult(exit_code=None, error=str(error))
@@ -462,7 +465,7 @@ class Runner:
             await book.stop(i, f"its undo was begun {book.undo_attempts[i]} times")
             return True
         failpoint("runner_before_undo")
-        leaf = self._sandbox.leaf_name()
+        leaf = self._leaf_name(step)
         await book.move(i, _S.UNDOING, reason, leaf=leaf)
         failpoint("runner_after_undo_intent")
         undone = await self._effect(book.plan, step, step.undo, leaf)
@@ -487,7 +490,7 @@ class Runner:
         """unknown -> ran | planned | undone | handed_over. The old run is made certainly dead before `check` looks."""
         step, last = book.plan.steps[i], book.last[i]
         assert last is not None
-        alive = not await self._kill(last.leaf)
+        alive = not await self._kill(step, last.leaf)
         happened = None if alive else await self._happened(book.plan, step)
         if alive:
             await book.stop(i, "its old run may still be alive: this host cannot tell, look at its processes")
@@ -508,9 +511,13 @@ class Runner:
         if book.states[i] in (_S.PLANNED, _S.HANDED_OVER):
             await self._conclude(book, i, ok=False)
 
-    async def _kill(self, leaf: str) -> bool:
+    def _leaf_name(self, step: Step) -> str:
+        return self._sandbox.leaf_name(step.host) if step.host else self._sandbox.leaf_name()
+
+    async def _kill(self, step: Step, leaf: str) -> bool:
+        where = (step.host,) if step.host else ()
         try:
-            return await self._sandbox.kill_leaf(leaf, self._settings.kill_seconds)
+            return await self._sandbox.kill_leaf(leaf, self._settings.kill_seconds, *where)
         except (OSError, ValueError):
             return False
 
@@ -518,7 +525,7 @@ class Runner:
         """What the action's own check says; None when it has none or cannot tell."""
         if not step.check:
             return None
-        result = await self._effect(plan, step, step.check, self._sandbox.leaf_name())
+        result = await self._effect(plan, step, step.check, self._leaf_name(step))
         if result is None or result.timed_out or result.oom_killed or result.error:
             return None
         return {DONE: True, FAILED: False}.get(-1 if result.exit_code is None else result.exit_code)

@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--config", metavar="FILE", type=Path, help="configuration (default: $ALERTMEDIC_CONFIG)")
     common.add_argument("--state-dir", metavar="DIR", help="state directory, instead of the configured one")
     common.add_argument("--json", action="store_true", help="print JSON")
-    for add in (_serving, _looking, _deciding, _diagnosing, _checking, _catalogues, _exploring, _breaking):
+    for add in (_serving, _looking, _deciding, _diagnosing, _checking, _catalogues, _sandboxing, _exploring, _breaking):
         add(commands, common)
     return top
 
@@ -235,6 +235,23 @@ def _catalogues(commands: Commands, common: argparse.ArgumentParser) -> None:
         made.set_defaults(what=name)
     for made in (show, dry):
         made.add_argument("name", help="the action's name, or its family's")
+
+
+def _sandboxing(commands: Commands, common: argparse.ArgumentParser) -> None:
+    group = _group(commands, "sandbox", "the sandbox of this host, and steps on other hosts")
+    probe = _add(group, common, "probe", _sandbox, "say what holds steps here, and what is missing")
+    probe.add_argument("--parent", default="", metavar="DIR", help="cgroup directory to make leaves in")
+    run = _add(group, common, "run", _sandbox, "run one command; without one, take a request from standard input")
+    run.add_argument("--limits", default="{}", metavar="JSON", help="limits, where not the defaults")
+    run.add_argument("--needs", default="{}", metavar="JSON", help="what it needs of the host (default: all)")
+    run.add_argument("--user", default="", help="user to run it as")
+    run.add_argument("argv", nargs="*", metavar="ARG", help="the command, behind --")
+    on = _add(group, common, "on", _sandbox, "run one command on configured hosts, in batches, until one fails")
+    on.add_argument("--batch", type=_count, default=1, help="hosts at once")
+    on.add_argument("--host", action="append", required=True, dest="hosts", help="a host of the configuration")
+    on.add_argument("argv", nargs="+", metavar="ARG", help="the command, behind --")
+    for made, name in ((probe, "probe"), (run, "run"), (on, "on")):
+        made.set_defaults(what=name)
 
 
 def _exploring(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -520,6 +537,18 @@ def _chaos(arguments: argparse.Namespace) -> int:
         workload=arguments.workload,
         as_json=arguments.json,
     )
+
+
+def _sandbox(arguments: argparse.Namespace) -> int:
+    from agent.commands import sandboxed
+
+    if arguments.what == "probe":
+        return sandboxed.probe(arguments.parent, as_json=arguments.json)
+    if arguments.what == "on":
+        return sandboxed.run_there(_config(arguments), arguments.hosts, arguments.argv, arguments.batch)
+    if arguments.argv:
+        return sandboxed.run_here(arguments.argv, arguments.limits, arguments.needs, arguments.user)
+    return sandboxed.serve_request()
 
 
 def _metrics(arguments: argparse.Namespace) -> int:

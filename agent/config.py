@@ -199,6 +199,18 @@ class InventoryEntry(Struct, frozen=True, kw_only=True):
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value}
 
 
+class RemoteHost(Struct, frozen=True, kw_only=True):
+    """A machine that steps may run on, by `alertmedic sandbox run` there through the OpenSSH client."""
+
+    address: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:-]*\Z", max_length=255)]
+    port: Annotated[int, Meta(ge=1, le=65535)] = 22
+    user: Annotated[str, Meta(pattern=r"^([a-z_][a-z0-9_-]*)?\Z", max_length=32)] = ""
+    identity_file: File | None = None
+    known_hosts: File | None = None  # none: those of the agent's user
+    command: Annotated[str, Meta(pattern=r"^[\w./@:=+-]+( [\w./@:=+-]+)*\Z")] = "alertmedic sandbox run"
+    connect_seconds: Seconds = 10.0
+
+
 class AutonomyRule(policy.AutonomyRule, frozen=True, kw_only=True):
     """Globs that must all match (fnmatch, case-sensitive), and the autonomy then granted. The first match counts."""
 
@@ -342,6 +354,7 @@ class Config(Struct, frozen=True, kw_only=True):
     packs: Packs = Packs()
     actions: Actions = Actions()
     inventory: Mapping[Name, InventoryEntry] = {}
+    hosts: Mapping[Name, RemoteHost] = {}
     autonomy: AutonomyPolicy = AutonomyPolicy()
     guard: Guard = Guard()
     breaker: BreakerPolicy = BreakerPolicy()

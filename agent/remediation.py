@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import sandbox
 from actions import guard
@@ -26,6 +27,7 @@ from agent.config import Config
 from agent.fold_model import Incident, IncidentState
 from agent.fold_state import State
 from agent.journal.records import BreakerRecorded, StepRecorded
+from agent.remote import Executors
 from agent.snapshot import FaultSnapshots
 from agent.store import Store
 from agent.telemetry import Telemetry
@@ -87,7 +89,8 @@ class Remediation:
             at_once=config.guard.max_steps_at_once,
         )
         ledger = Ledger(store, telemetry)
-        self.runner = Runner(ledger, sandbox, verifier, clock, settings, store.state.breakers.values())
+        self.executors = Executors(config.hosts)
+        self.runner = Runner(ledger, self.executors, verifier, clock, settings, store.state.breakers.values())
 
     async def consider(self, incident: Incident) -> Plan | Declined:
         """The plan for the best hypothesis: its proposals are tried in order, the first that can be planned counts.
@@ -100,7 +103,10 @@ class Remediation:
             reason=Refusal.NO_PROPOSAL, detail=f"{best.title}: no safe remedy is known, a person has to look at it"
         )
         for proposal in best.proposals:
-            plan = await guard.consider(proposal, self._catalog, self.context(incident), self._reader(incident))
+            await self.executors.learn_enforcement(self._host(proposal.service))
+            context = self.context(incident, proposal.service)
+            reader = self._reader(incident)
+            plan = await guard.consider(proposal, self._catalog, context, reader, partial(self._reader, incident))
             if isinstance(plan, Plan):
                 return plan
             refused = plan
@@ -111,7 +117,7 @@ class Remediation:
         plan = incident.plan
         if plan is None or not plan.steps:
             return Declined(reason=Refusal.NO_PROPOSAL, detail="there is no plan")
-        return guard.recheck(plan, self._catalog.get(plan.steps[0].action), self.context(incident))
+        return guard.recheck(plan, self._catalog.get(plan.steps[0].action), self.context(incident, plan.service))
 
     async def run(self, incident: Incident, cancelled: asyncio.Event) -> PlanOutcome:
         """Runs the incident's plan; after a crash goes on from the journalled moves, never repeating blindly."""
@@ -126,12 +132,17 @@ class Remediation:
         finally:
             self._let.pop(incident.id, None)
 
-    def context(self, incident: Incident) -> GuardContext:
-        """The world as the gates see it, now. Asked for before every step, so that it must cost little however many
-        incidents there are: what nobody may look at is made when it is looked at."""
+    def _host(self, service: str) -> str:
+        """Where the service runs, if that is a configured host; "" for this one."""
+        entry = self._config.inventory.get(service)
+        return entry.host if entry is not None and entry.host in self._config.hosts else ""
+
+    def context(self, incident: Incident, service: str = "") -> GuardContext:
+        """The world as the gates see it, now, for an action on `service`. Asked for before every step, so that it must
+        cost little however many incidents there are: what nobody may look at is made when it is looked at."""
         state, diagnosis = self._store.state, incident.diagnosis
         best = diagnosis.best if diagnosis else None
-        now = self._clock()
+        now, host = self._clock(), self._host(service)
         horizon = max(HOUR, self._policy.cooldown_seconds)
         return GuardContext(
             now=now,
@@ -143,7 +154,8 @@ class Remediation:
             evidence_at=incident.evidence_at,
             policy=self._policy,
             inventory=self._inventory,
-            enforced_by=sandbox.current().enforced_by,
+            enforced_by=self.executors.enforced_by(host) if host else sandbox.current().enforced_by,
+            remote_hosts=self.executors.names,
             alerts=tuple(sorted({alert.name for alert in incident.firing})),
             tenant=incident.tenant,
             environment=self._config.environment,
@@ -201,13 +213,13 @@ class Remediation:
         names = {secret.name for definition in self._catalog for secret in definition.environment}
         return {name: os.environ[name] for name in names if name in os.environ}
 
-    def _reader(self, incident: Incident) -> guard.SandboxRun:
+    def _reader(self, incident: Incident, host: str = "") -> guard.SandboxRun:
         """Runs the read-only look-ups of a plan in the making."""
 
         async def read(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str]) -> RunResult:
             by_descriptor = {name: value for name, value in secrets.items() if name in self._descriptors}
             by_name = {name: value for name, value in secrets.items() if name not in self._descriptors}
-            return await sandbox.run(
+            return await self.executors.run(
                 argv,
                 limits,
                 env={**self._environment(incident), **by_name},
@@ -215,6 +227,7 @@ class Remediation:
                 protection=self._config.sandbox.protection,
                 secrets=by_descriptor,
                 redact=tuple(by_name.values()),
+                host=host,
             )
 
         return read
