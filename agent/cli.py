@@ -116,6 +116,8 @@ def _looking(commands: Commands, common: argparse.ArgumentParser) -> None:
     incidents.add_argument("--state", action="append", default=[], help="only these states (repeatable)")
     incidents.add_argument("--tenant", default="", help="only this tenant")
     incidents.add_argument("--limit", type=_count, default=0, help="at most so many, newest first")
+    story = _add(commands, common, "story", _story, "tell an incident's story; --json: its whole audit trail")
+    story.add_argument("id", help="an incident's id, or the beginning of one")
     _add(commands, common, "quarantine", _quarantine, "show what could not be understood")
 
 
@@ -356,6 +358,12 @@ def _incidents(arguments: argparse.Namespace) -> int:
         tenant=arguments.tenant,
         limit=arguments.limit,
     )
+
+
+def _story(arguments: argparse.Namespace) -> int:
+    from agent.commands import story
+
+    return story.story(_state_dir(arguments), arguments.id, as_json=arguments.json)
 
 
 def _quarantine(arguments: argparse.Namespace) -> int:

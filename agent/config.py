@@ -176,6 +176,9 @@ class Actions(Struct, frozen=True, kw_only=True):
     disable: tuple[Glob, ...] = ()  # action names
 
 
+LogFile = Annotated[str, Meta(pattern=r"^/[^\x00-\x1f]*\Z", max_length=4096)]
+
+
 class InventoryEntry(Struct, frozen=True, kw_only=True):
     """What actions and the host source may know of one service. "" means not told."""
 
@@ -190,13 +193,14 @@ class InventoryEntry(Struct, frozen=True, kw_only=True):
     scale_url: Url = ""
     workers_max: Annotated[str, Meta(pattern=r"^([1-9][0-9]{0,5})?\Z")] = ""
     log_root: str = ""
+    logs: Annotated[tuple[LogFile, ...], Meta(max_length=5)] = ()
     kubernetes_workload: Annotated[
         str, Meta(pattern=r"^((deployment|statefulset|daemonset)/[a-z0-9-]{1,63}/[a-z0-9.-]{1,253})?\Z")
     ] = ""
 
     def strings(self) -> dict[str, str]:
         """The keys that are told, as actions take them."""
-        return {name: value for name, value in msgspec.structs.asdict(self).items() if value}
+        return {n: value for n, value in msgspec.structs.asdict(self).items() if value and isinstance(value, str)}
 
 
 class RemoteHost(Struct, frozen=True, kw_only=True):

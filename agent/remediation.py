@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import sandbox
 from actions import guard
@@ -35,6 +36,8 @@ from agent.verify import SeriesVerifier
 from rules.model import Topology
 from sandbox.model import Limits, RunResult
 
+SNAPSHOT_WINDOW_SECONDS = 900.0
+SNAPSHOT_SERIES = 20
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -77,7 +80,14 @@ class Remediation:
         self._claimed: dict[str, Claim] = {}  # by plan
         self._graph, self._needing = Topology(), dict[str, frozenset[str]]()
         self._let: dict[str, Plan] = {}  # plans that were let begin and whose task has not ended, by incident
-        snapshots = FaultSnapshots(config.state_dir / "snapshots", config.inventory_strings, clock)
+        self.snapshots = FaultSnapshots(
+            config.state_dir / "snapshots",
+            self._inventory,
+            clock,
+            logs={service: entry.logs for service, entry in config.inventory.items()},
+            evidence=self._series,
+            keep_seconds=config.journal.keep_days * 86400.0,
+        )
         settings = RunnerSettings(
             protection=config.sandbox.protection,
             user=config.sandbox.user,
@@ -85,7 +95,7 @@ class Remediation:
             secrets=self._environment_secrets,
             environment=self._plan_environment,
             permit=self._permit,
-            snapshot=snapshots.take,
+            snapshot=self.snapshots.take,
             at_once=config.guard.max_steps_at_once,
         )
         ledger = Ledger(store, telemetry)
@@ -207,6 +217,23 @@ class Remediation:
         if self._graph is not topology:
             self._graph, self._needing = topology, _callers(topology.edges)
         return self._needing
+
+    async def _series(self, plan: Plan) -> dict[str, Any]:
+        """The series that justify the plan, as they are now, for the snapshot before its step."""
+        incident = self._store.state.incident(plan.incident)
+        justification = incident.justification if incident is not None else None
+        if incident is None or justification is None or not justification.series:
+            return {"missing": "no series justify the plan"}
+        names = {watched.metric for watched in justification.series}
+        seen = await self._verifier.situations.since(incident, names, self._clock() - SNAPSHOT_WINDOW_SECONDS)
+        wanted = {(watched.metric, watched.labels) for watched in justification.series}
+        rows: dict[str, list[tuple[float, float | None]]] = {}
+        for evidence in seen.evidence:
+            for i, series in enumerate(evidence.frame.ids):
+                if (series.metric, series.labels) in wanted and len(rows) < SNAPSHOT_SERIES:
+                    pairs = zip(evidence.frame.times, evidence.frame.values[i], strict=True)
+                    rows[str(series)] = [(float(t), None if math.isnan(v) else float(v)) for t, v in pairs]
+        return {"series": rows, "missing": {e.name: e.missing for e in seen.evidence if e.missing is not None}}
 
     def _secrets(self) -> dict[str, str]:
         """The variables of our own environment that an action of the catalogue names."""

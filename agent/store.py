@@ -121,7 +121,7 @@ class Store:
         Refused by the disk: JournalUnavailable, JournalFailed. Cancelling the caller does not take a record back.
         """
         self._check_going()
-        names = sorted({id for record in records if (id := _incident_of(record))})
+        names = sorted({id for record in records if (id := incident_of(record))})
         if not names:
             for record in records:
                 check(self._state, record)
@@ -151,7 +151,7 @@ class Store:
         if len(checked) == 1:
             check(self._state, checked[0])
             return checked
-        trial = self._state.trial({id for r in checked if (id := _incident_of(r))})
+        trial = self._state.trial({id for r in checked if (id := incident_of(r))})
         for record in checked:
             check(trial, record)
             apply(trial, Stored(trial.seq + 1, record))
@@ -288,8 +288,8 @@ class Store:
         await self._wal.close()
 
 
-def _incident_of(record: Record) -> str:
-    """The incident that a record is about, "" for one that is about none."""
+def incident_of(record: Record) -> str:
+    """The incident that a record is about, "" for one that is about none or several (alerts)."""
     match record:
         case IncidentMoved() | Diagnosed() | PlanDeclined() | ApprovalGiven() | Noted() | FeedbackGiven():
             return record.incident

@@ -41,7 +41,7 @@ def dump(state_dir: Path, *, after: int) -> Exit:
     directory = journal_directory(state_dir)
     if not directory.is_dir():
         raise CommandError(f"journal dump: no journal in {state_dir}", "check --state-dir")
-    for stored in Wal.open(directory, read_only=True).replay():
+    for stored in Wal.open(directory, read_only=True).kept():
         if stored.seq > after:
             emit_json_line(msgspec.json.decode(msgspec.json.encode(stored)))
     return Exit.OK

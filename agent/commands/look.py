@@ -39,7 +39,13 @@ def incidents(state_dir: Path, wanted: str, *, as_json: bool, states: tuple[str,
     """The list, newest first, or the story of one."""
     state = read(state_dir)
     if wanted:
-        return _one(find(state, wanted), as_json=as_json)
+        found = find(state, wanted)
+        if as_json:
+            from agent.http.render import incident_json
+
+            emit_json({"incidents": [incident_json(found)]})
+            return Exit.OK
+        return tell(found)
     chosen = [
         i
         for i in reversed(state.incidents.values())
@@ -59,12 +65,9 @@ def incidents(state_dir: Path, wanted: str, *, as_json: bool, states: tuple[str,
     return Exit.OK
 
 
-def _one(incident: Incident, *, as_json: bool) -> Exit:
-    if as_json:
-        from agent.http.render import incident_json
-
-        emit_json({"incidents": [incident_json(incident)]})
-    elif on_terminal():
+def tell(incident: Incident) -> Exit:
+    """The story for people: a table on a terminal, else plain text."""
+    if on_terminal():
         from rich.console import Console
 
         from agent.story import as_rich

@@ -393,6 +393,15 @@ class Wal:
                 if found.seq > after:
                     yield decode(found, segment.path)
 
+    def kept(self) -> Iterator[Stored]:
+        """Every record whose segment has not been pruned, oldest first, also those that a snapshot covers: what an
+        audit reads. Raises JournalCorrupt."""
+        for segment in self._opened.replayable(0):
+            for found in SegmentReader(segment.path, last=False).frames():
+                if found.seq > self._opened.seq:
+                    return
+                yield decode(found, segment.path)
+
     def latest_snapshot(self) -> tuple[int, bytes] | None:
         """(seq, body) of the newest snapshot that checked at opening."""
         if not self._opened.snapshots:
