@@ -293,8 +293,9 @@ def _plan_terms(incident: Incident, plan: Plan, now: float) -> Iterator[Row]:
     yield Row(f"autonomy {plan.autonomy}, digest {incident.plan_digest or plan.digest}", depth=1)
     if incident.plan_state == "waiting":
         left = plan.expires_at - now
+        by = "" if plan.persons == 1 else f" by {plan.persons} different people"
         yield Row(
-            f"waits for approval, {span(left)} left" if left > 0 else "the time for approval is over",
+            f"waits for approval{by}, {span(left)} left" if left > 0 else "the time for approval is over",
             depth=1,
             tone="warn",
         )
@@ -400,7 +401,7 @@ def _outcome(incident: Incident, now: float) -> Iterator[Row]:
     elif incident.state is IncidentState.AWAITING_APPROVAL:
         text = f"waits for a person: alertmedic approve {incident.id} (or reject)"
     elif incident.state is IncidentState.SUGGESTED:
-        text = "suggested only: nothing was run"
+        text = f"suggested only, nothing was run: alertmedic approve {incident.id} makes a request of it"
     else:
         text = f"not over: {incident.state.value}, for {span(max(now - incident.opened_at, 0.0))}"
     because = [incident.reason] if incident.reason else []

@@ -104,7 +104,9 @@ async def _decide_offline(
     act = operations.approve if decision == "approve" else operations.reject
     answer = await act(incident, digest or plan.get("digest", ""), who(), origin(), note)
     if answer.outcome not in ("approved", "partly_approved", "rejected"):
-        raise CommandError(answer.detail or answer.outcome, f"alertmedic incidents {incident}")
+        suggested = found is not None and found.plan_state == "suggested"
+        hint = "start the service: it knows whether suggestions may be approved" if suggested else ""
+        raise CommandError(answer.detail or answer.outcome, hint or f"alertmedic incidents {incident}")
     return msgspec.to_builtins(answer), plan
 
 
@@ -168,11 +170,14 @@ def offline(state_dir: Path, act: Callable[[Store, Operations], Awaitable[T]]) -
         raise CommandError(f"no service is running and there is no journal in {state_dir}", "check --state-dir")
 
     async def run() -> T:
+        from actions.policy import GuardPolicy
         from agent.operations import Operations
 
         store = Store.open(state_dir)
         try:
-            return await act(store, Operations(store, _JournalBreakers(store)))
+            # Only a service knows the policy: where none runs, what is only suggested stays so.
+            policy = GuardPolicy(approve_suggestions=False)
+            return await act(store, Operations(store, _JournalBreakers(store), policy=policy))
         finally:
             await store.close()
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from actions.model import BreakerMoved, BreakerState, Plan, Refusal, Step, StepMoved, StepState
 from agent import cli
 from agent.incidents import IncidentState
@@ -194,11 +196,17 @@ async def open_incident(store: Store, name: str, at: float, tenant: str = "defau
     return made
 
 
-async def awaiting_approval(store: Store, argv: tuple[str, ...] = ("/bin/echo", "it is done", "a b")) -> str:
-    """An incident whose plan waits for a person."""
+async def awaiting_approval(
+    store: Store, argv: tuple[str, ...] = ("/bin/echo", "it is done", "a b"), *, suggested: bool = False
+) -> str:
+    """An incident whose plan waits for a person, or is only suggested to one."""
     now = time.time()
     id = await open_incident(store, "FrontSlow", now - 60.0, evil=NASTY)
     state = IncidentState
+    after = state.SUGGESTED if suggested else state.AWAITING_APPROVAL
+    plan = waiting_plan(id, now, argv)
+    if suggested:
+        plan = msgspec.structs.replace(plan, autonomy="suggest")
     await store.record(
         _moved(id, state.OPEN, state.INVESTIGATING, now - 59.0),
         Noted(at=now - 58.5, incident=id, text=f"Prometheus said {NASTY}"),
@@ -214,8 +222,8 @@ async def awaiting_approval(store: Store, argv: tuple[str, ...] = ("/bin/echo", 
         PlanDeclined(
             at=now - 57.8, incident=id, action="service.restart.systemd", refusal=Refusal.NO_INVENTORY, detail="no unit"
         ),
-        PlanMade(at=now - 57.7, plan=waiting_plan(id, now, argv)),
-        _moved(id, state.DIAGNOSED, state.AWAITING_APPROVAL, now - 57.6, "a person must agree"),
+        PlanMade(at=now - 57.7, plan=plan),
+        _moved(id, state.DIAGNOSED, after, now - 57.6, "a person must agree"),
     )
     return id
 

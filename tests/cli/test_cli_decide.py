@@ -66,6 +66,34 @@ def test_only_the_digest_that_waits_is_approved(tmp_path: Path) -> None:
     assert told.json["plan_steps"] == [["/bin/echo", "it is done", "a b"]]
 
 
+def test_a_suggestion_is_approved_through_the_service_that_knows_the_policy(
+    tmp_path: Path, serving: Callable[..., Service]
+) -> None:
+    async def write() -> str:
+        store = Store.open(tmp_path)
+        id = await awaiting_approval(store, suggested=True)
+        await store.close()
+        return id
+
+    id = asyncio.run(write())
+    stopped = process("approve", id, "--state-dir", tmp_path)
+    assert stopped.code == 1
+    assert "start the service" in stopped.err
+    assert incident(tmp_path, id).plan_state == "suggested"
+    service = serving(tmp_path)
+    done = process("approve", id, "--json", "--state-dir", tmp_path)
+    assert done.code == 0, done.err
+    assert done.json["outcome"] == "approved"
+    again = process("approve", id, "--digest", incident(tmp_path, id).approvals[0].asked, "--state-dir", tmp_path)
+    assert again.code == 0
+    assert "recorded before" in again.out
+    after = incident(tmp_path, id)
+    assert after.plan is not None
+    assert after.plan.autonomy == "approve"
+    assert [a.counted for a in after.approvals] == [True]
+    assert service.stop() == 0
+
+
 def test_what_cannot_be_decided_is_said(tmp_path: Path) -> None:
     prepare(tmp_path)
     unknown = alertmedic("approve", "inc-aaaaaaaaaaaa", "--state-dir", tmp_path)
