@@ -1,8 +1,8 @@
-"""Ends PostgreSQL sessions that harm others. Action family `postgres.terminate_*`.
+"""Ends PostgreSQL sessions and statements that harm others, and reports deadlocks. Actions `postgres.*`.
 
-Runs as `python -I -m actions.builtin.postgres resolve|run|check --mode blockers|idle`. The statements are in the .sql
+Runs as `python -I -m actions.builtin.postgres resolve|run|check --mode blockers|idle|long` or `run --mode report`. The statements are in the .sql
 files beside this module; values reach them as psql variables (`:'name'`), which psql quotes as literals. A session's
-identity is its pid with backend_start, compared in the very statement that ends it. Never touched: superusers,
+identity is its pid with backend_start (a statement's also its query_start), compared in the very statement that ends it. Never touched: superusers,
 replication, backups, anything but client backends, and our own sessions.
 
 Needs a role that is a member of pg_monitor and pg_signal_backend (or owns the sessions). Passwords come from PGPASSFILE
@@ -71,14 +71,20 @@ def _target(session: dict[str, Any]) -> dict[str, Any]:
     note = f"session {session['pid']} of {session['user']}, {session['state']} for {session['seconds']} s"
     if session["waiters"]:
         note += f"; {session['waiters']} wait for it, up to {session['waited']} s"
-    return {
-        "identity": f"pid={session['pid']},backend_start={session['backend_start']}",
-        "params": {"pid": session["pid"], "backend_start": session["backend_start"]},
-        "note": note,
-    }
+    identity = f"pid={session['pid']},backend_start={session['backend_start']}"
+    params = {"pid": session["pid"], "backend_start": session["backend_start"]}
+    if query_start := session.get("query_start"):
+        identity += f",query_start={query_start}"
+        params["query_start"] = query_start
+    return {"identity": identity, "params": params, "note": note}
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.mode == "report":
+        _say(json.loads(ask(args.dsn, "deadlocks", {})))
+        return DONE
+    if args.mode == "long":
+        return cancel(args)
     identity = {"pid": str(args.pid), "backend_start": args.backend_start}
     answer = ask(args.dsn, "terminate", {**identity, "mode": args.mode})
     if not answer:
@@ -91,8 +97,30 @@ def run(args: argparse.Namespace) -> int:
     return DONE if exists == "f" else FAILED
 
 
+def cancel(args: argparse.Namespace) -> int:
+    """Cancels the planned statement; its session stays."""
+    same = _statement(args)
+    answer = ask(args.dsn, "cancel", {**same, "active_seconds": str(args.active_seconds)})
+    if not answer:
+        _say({"refused": f"the statement of session {args.pid} has ended, has changed, or is protected"})
+        return NOTHING_DONE
+    deadline = time.monotonic() + args.seconds
+    while (runs := ask(args.dsn, "runs", same)) == "t" and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    _say({"pid": args.pid, "query_start": args.query_start, "signalled": answer == "t", "ended": runs == "f"})
+    return DONE if runs == "f" else FAILED
+
+
+def _statement(args: argparse.Namespace) -> dict[str, str]:
+    return {"pid": str(args.pid), "backend_start": args.backend_start, "query_start": args.query_start}
+
+
 def check(args: argparse.Namespace) -> int:
-    """It has happened when no session has this pid and backend_start any more."""
+    """It has happened when no session has this pid and backend_start any more, or runs this statement."""
+    if args.mode == "long":
+        runs = ask(args.dsn, "runs", _statement(args))
+        _say({"pid": args.pid, "runs": runs == "t"})
+        return {"t": FAILED, "f": DONE}.get(runs, CANNOT_TELL)
     exists = ask(args.dsn, "exists", {"pid": str(args.pid), "backend_start": args.backend_start})
     _say({"pid": args.pid, "exists": exists == "t"})
     return {"t": FAILED, "f": DONE}.get(exists, CANNOT_TELL)
@@ -105,10 +133,11 @@ def _say(value: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("operation", choices=("resolve", "run", "check"))
-    parser.add_argument("--mode", choices=("blockers", "idle"), default="blockers")
+    parser.add_argument("--mode", choices=("blockers", "idle", "long", "report"), default="blockers")
     parser.add_argument("--dsn", required=True)
     parser.add_argument("--pid", type=int, default=0)
     parser.add_argument("--backend-start", default="")
+    parser.add_argument("--query-start", default="")
     parser.add_argument("--idle-seconds", type=float, default=2.0)
     parser.add_argument("--active-seconds", type=float, default=30.0)
     parser.add_argument("--seconds", type=float, default=5.0, help="for the session to end")

@@ -1,8 +1,9 @@
-"""Makes a pool of workers larger through the service's own API. Action `workers.scale`.
+"""Makes a pool of workers larger or smaller through the service's own API. Actions `workers.scale`, `workers.scale_down`.
 
 Runs as `python -I -m actions.builtin.workers resolve|run|check --url URL`. `GET URL` answers a JSON object whose `size`
 (or `workers`) is the present number; `PUT` sends the same key with the wanted number, and `expected` with the old one.
-The wanted number is the present one times the factor, at least one more, at most the inventory's `workers_max`. The
+The wanted number is the present one times the factor: with a factor above 1 at least one more and at most the
+inventory's `workers_max`, with one below 1 at least one less and at least the inventory's `workers_min`. The
 present number is read again right before it is changed: where it is no longer the planned one, nothing is done. Undoing
 is the same with the numbers exchanged.
 """
@@ -28,13 +29,17 @@ def size_of(document: dict[str, Any]) -> tuple[str, int]:
     raise HttpError("the pool's document has neither `size` nor `workers`")
 
 
-def resolve(url: str, factor: float, most: int) -> int:
+def resolve(url: str, factor: float, most: int, least: int) -> int:
     _, now = size_of(call("GET", url))
-    wanted = min(most, max(now + 1, math.ceil(now * factor)))
-    if wanted <= now:
+    if factor >= 1:
+        wanted = max(now, min(most, max(now + 1, math.ceil(now * factor))))
+        note = f"{now} workers, wanted are {wanted}, at most {most}"
+    else:
+        wanted = min(now, max(least, min(now - 1, math.ceil(now * factor))))
+        note = f"{now} workers, wanted are {wanted}, at least {least}"
+    if wanted == now:
         _say([])
         return DONE
-    note = f"{now} workers, wanted are {wanted}, at most {most}"
     _say([{"identity": f"pool={url}", "params": {"previous": now, "wanted": wanted}, "note": note}])
     return DONE
 
@@ -75,12 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--url", required=True)
     parser.add_argument("--factor", type=float, default=2.0)
     parser.add_argument("--max", type=int, default=0)
+    parser.add_argument("--min", type=int, default=1)
     parser.add_argument("--wanted", type=int, default=-1)
     parser.add_argument("--expected", type=int, default=-1)
     args = parser.parse_args(argv)
     try:
         if args.operation == "resolve":
-            return resolve(args.url, args.factor, args.max)
+            return resolve(args.url, args.factor, args.max, args.min)
         act = run if args.operation == "run" else check
         return act(args.url, args.wanted, args.expected)
     except (HttpError, ValueError) as error:

@@ -15,7 +15,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "actions.md").read_text()
 
 
 def test_the_table_lists_every_shipped_action_with_its_inventory() -> None:
-    rows = {m[1]: m[0] for m in re.finditer(r"^\| `([a-z_.]+)` \|.*$", TEXT, re.MULTILINE) if m[0].count("|") == 6}
+    rows = {m[1]: m[0] for m in re.finditer(r"^\| `([a-z0-9_.]+)` \|.*$", TEXT, re.MULTILINE) if m[0].count("|") == 6}
     catalog = load_catalog()
     assert set(rows) == {d.name for d in catalog}
     for d in catalog:
