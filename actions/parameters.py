@@ -108,7 +108,8 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
         if len(text) > self.max_length:
             raise ParameterError(f"{self.name}: {len(text)} characters, at most {self.max_length} are allowed")
         for c in text:
-            if unicodedata.category(c) in _FORBIDDEN_CATEGORIES:
+            # Not printable are also unassigned and private characters, and spaces that look like the plain one.
+            if unicodedata.category(c) in _FORBIDDEN_CATEGORIES or not c.isprintable():
                 raise ParameterError(f"{self.name}: has the character U+{ord(c):04X}")
         if self.pattern and not re.fullmatch(self.pattern, text):
             raise ParameterError(f"{self.name}: {_shown(text)} does not match {self.pattern}")

@@ -2,8 +2,8 @@
 
 Runs as `python -I -m actions.builtin.certificate resolve|run|check`. The files are looked at first: the key belongs to
 the certificate, which is valid now and for the next minutes at least; then nginx tests its configuration and reloads.
-What is served is asked over TLS afterwards. The files are never written: whoever renews certificates has put them there.
-There is no undo: the old certificate is in no file any more.
+What is served is asked over TLS afterwards. The files are never written: whoever renews certificates has put them
+there. There is no undo: the old certificate is in no file any more.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def on_disk(path: str) -> str:
 
 
 def served(address: str, name: str) -> str:
-    """SHA-256 of the certificate that the address serves. Who signed it does not matter: it is compared, not trusted."""
+    """SHA-256 of the certificate that is served. Who signed it does not matter: it is compared, not trusted."""
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

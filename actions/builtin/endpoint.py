@@ -1,9 +1,9 @@
 """Calls one endpoint that the inventory declares. Actions `http.call` and `cache.clear.http`.
 
 Runs as `python -I -m actions.builtin.endpoint run|check`. The address comes from the inventory only; no redirect is
-followed. The request carries an Idempotency-Key that is the same whenever the same plan is carried out again, and a JSON
-body that says who asks and why. Whether it has happened is asked of a second address, to which the key is appended:
-`{"done": true}` or `{"done": false}`; where there is none, nobody can tell.
+followed. The request carries an Idempotency-Key that is the same whenever the same plan is carried out again, and a
+JSON body that says who asks and why. Whether it has happened is asked of a second address, to which the key is
+appended: `{"done": true}` or `{"done": false}`; where there is none, nobody can tell.
 """
 
 from __future__ import annotations

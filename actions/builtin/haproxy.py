@@ -1,10 +1,10 @@
 """Drains a server of a HAProxy backend, raises a frontend's maxconn, reloads. Actions `haproxy.*`.
 
-Runs as `python -I -m actions.builtin.haproxy resolve|run|check|undo --mode drain|maxconn|reload`. drain and maxconn speak
-to the runtime socket. A drained server takes no new connections, the ones it has go on; undoing makes it ready again if
-it is still drained; it is refused when too few other servers are up. maxconn is what a frontend takes at once, the rest
-waits in the kernel's accept queue; undoing sets the old number. reload has HAProxy test its configuration first, then
-signals the master process (SIGUSR2; HAProxy must run in master-worker mode).
+Runs as `python -I -m actions.builtin.haproxy resolve|run|check|undo --mode drain|maxconn|reload`. drain and maxconn
+speak to the runtime socket. A drained server takes no new connections, the ones it has go on; undoing makes it ready
+again if it is still drained; it is refused when too few other servers are up. maxconn is what a frontend takes at once,
+the rest waits in the kernel's accept queue; undoing sets the old number. reload has HAProxy test its configuration
+first, then signals the master process (SIGUSR2; HAProxy must run in master-worker mode).
 
 The accept backlog itself cannot be raised here: a reload hands the listening sockets on as they are, so that only a
 restart, which drops connections, would change it.
@@ -79,7 +79,9 @@ def resolve_drain(args: argparse.Namespace) -> int:
     if not up(found[args.member]) and found[args.member] != "DOWN":
         return nothing_to_do()
     enough(found, args)
-    note = f"{args.backend}/{args.member} is {found[args.member]}, {sum(map(up, found.values()))} of {len(found)} are up"
+    note = (
+        f"{args.backend}/{args.member} is {found[args.member]}, {sum(map(up, found.values()))} of {len(found)} are up"
+    )
     return target(f"haproxy={args.backend}/{args.member}", note, state=found[args.member])
 
 

@@ -1,8 +1,8 @@
 """Looks at, cleans and rotates files below a declared root. Actions `diagnostic.log_capture`, `disk.clean_by_age` and
 `disk.rotate_log`.
 
-Runs as `python -I -m actions.builtin.logs resolve|run|check --mode capture|clean|rotate --root DIR`. Every path is walked
-by descriptors without following links, as in `actions.builtin.free_logs`; the root and its mount are never left.
+Runs as `python -I -m actions.builtin.logs resolve|run|check --mode capture|clean|rotate --root DIR`. Every path is
+walked by descriptors without following links, as in `actions.builtin.free_logs`; the root and its mount are never left.
 
 capture (read-only): the last lines of the youngest logs, secrets masked, printable and bounded. clean: removes files
 whose name matches a declared pattern and that are older than an age; what is open for writing or has several names
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED
+from actions.builtin import CANNOT_TELL, DONE, FAILED, proc
 from actions.builtin.free_logs import (
     MAX_DEPTH,
     MAX_SEEN,
@@ -43,7 +43,6 @@ from actions.builtin.program import (
     identity_of,
     nothing_to_do,
     options,
-    proc,
     say,
     shorten,
     signal_process,
@@ -176,7 +175,9 @@ def resolve_clean(args: argparse.Namespace) -> int:
     if not found:
         return nothing_to_do()
     mib = sum(f.size for f in found) / 2**20
-    note = f"{args.root}: {len(found)} file(s) like {args.pattern}, {mib:.1f} MiB, older than {args.min_age_seconds:g} s"
+    note = (
+        f"{args.root}: {len(found)} file(s) like {args.pattern}, {mib:.1f} MiB, older than {args.min_age_seconds:g} s"
+    )
     return target(f"root={args.root}", note, root_id=root_id(root))
 
 

@@ -21,10 +21,9 @@ import sys
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED
+from actions.builtin import DONE, FAILED
 from actions.builtin.program import (
     Refused,
-    Trouble,
     execute,
     find,
     nothing_to_do,
@@ -81,7 +80,8 @@ def harm(args: argparse.Namespace) -> tuple[str, str]:
 def resolve(args: argparse.Namespace) -> int:
     table, where = harm(args)
     key = "p.QUERY_ID" if args.mode == "long" else STARTED
-    rows = ask(args.url, f"SELECT JSON_OBJECT({FIELDS}, 'key', {key}) FROM {table} WHERE {where} ORDER BY p.TIME_MS DESC;")
+    what = f"JSON_OBJECT({FIELDS}, 'key', {key})"
+    rows = ask(args.url, f"SELECT {what} FROM {table} WHERE {where} ORDER BY p.TIME_MS DESC;")  # noqa: S608 - constants
     if not rows:
         return nothing_to_do()
     found = []
@@ -106,14 +106,14 @@ def identity(args: argparse.Namespace) -> tuple[str, str, str]:
 
 def there(args: argparse.Namespace) -> bool:
     table, same, _ = identity(args)
-    return ask(args.url, f"SELECT COUNT(*) FROM {table} WHERE {same};") != ["0"]
+    return ask(args.url, f"SELECT COUNT(*) FROM {table} WHERE {same};") != ["0"]  # noqa: S608 - numbers and a time
 
 
 def run(args: argparse.Namespace) -> int:
     _, where = harm(args)
     table, same, kill = identity(args)
-    block = (
-        f"DELIMITER //\nBEGIN NOT ATOMIC IF EXISTS (SELECT 1 FROM {table} WHERE {same} AND {where}) "
+    block = (  # whole numbers and a parsed time, everything else is constant
+        f"DELIMITER //\nBEGIN NOT ATOMIC IF EXISTS (SELECT 1 FROM {table} WHERE {same} AND {where}) "  # noqa: S608
         f"THEN KILL {kill}; SELECT 'ended'; END IF; END//"
     )
     if ask(args.url, block) != ["ended"]:

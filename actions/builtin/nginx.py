@@ -38,7 +38,9 @@ from actions.builtin.program import (
 
 NAMES = ("nginx",)
 DEFAULT_BACKLOG = 511
-LISTEN = re.compile(r"(?m)^(?P<head>[ \t]*listen[ \t]+(?:[0-9.]+:|\[[0-9a-fA-F:]+\]:|\*:)?(?P<port>[0-9]+))(?P<rest>[^;{}#\n]*);")
+LISTEN = re.compile(
+    r"(?m)^(?P<head>[ \t]*listen[ \t]+(?:[0-9.]+:|\[[0-9a-fA-F:]+\]:|\*:)?(?P<port>[0-9]+))(?P<rest>[^;{}#\n]*);"
+)
 UPSTREAM = re.compile(r"(?m)^[ \t]*upstream[ \t]+(?P<name>[A-Za-z0-9_.-]+)[ \t\n]*\{(?P<body>[^{}]*)\}")
 SERVER = re.compile(r"(?m)^(?P<head>[ \t]*server[ \t]+(?P<address>[A-Za-z0-9.:\[\]_/-]+))(?P<rest>[^;{}#\n]*);")
 

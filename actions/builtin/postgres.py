@@ -1,9 +1,10 @@
 """Ends PostgreSQL sessions and statements that harm others, and reports deadlocks. Actions `postgres.*`.
 
-Runs as `python -I -m actions.builtin.postgres resolve|run|check --mode blockers|idle|long` or `run --mode report`. The statements are in the .sql
-files beside this module; values reach them as psql variables (`:'name'`), which psql quotes as literals. A session's
-identity is its pid with backend_start (a statement's also its query_start), compared in the very statement that ends it. Never touched: superusers,
-replication, backups, anything but client backends, and our own sessions.
+Runs as `python -I -m actions.builtin.postgres resolve|run|check --mode blockers|idle|long` or `run --mode report`. The
+statements are in the .sql files beside this module; values reach them as psql variables (`:'name'`), which psql quotes
+as literals. A session's identity is its pid with backend_start, a statement's also query_start, compared in the very
+statement that ends it. Never touched: superusers, replication, backups, anything but client backends, and our own
+sessions.
 
 Needs a role that is a member of pg_monitor and pg_signal_backend (or owns the sessions). Passwords come from PGPASSFILE
 or PGPASSWORD, never from the URI.

@@ -1,12 +1,12 @@
 """Where a service's processes spend time, and what their memory consists of. Actions `diagnostic.cpu_profile` and
 `diagnostic.heap_profile`; read-only.
 
-Runs as `python -I -m actions.builtin.profile run --port PORT --mode cpu|heap`. The processes are the ones that listen on
-the service's port with all that descends from them. cpu: py-spy samples the one that uses most CPU, if it is a Python;
-without pausing it (--nonblocking), so a sample may be torn and is then left out. heap: the kernel's own account of the
-memory of each (/proc/PID/smaps), by kind of mapping, looked at twice to show what grows. No value of any variable is
-read, and no process is stopped. py-spy needs the right to read another process' memory (same user with ptrace allowed,
-or CAP_SYS_PTRACE).
+Runs as `python -I -m actions.builtin.profile run --port PORT --mode cpu|heap`. The processes are the ones that listen
+on the service's port with all that descends from them. cpu: py-spy samples the one that uses most CPU, if it is a
+Python; without pausing it (--nonblocking), so a sample may be torn and is then left out. heap: the kernel's own account
+of the memory of each (/proc/PID/smaps), by kind of mapping, looked at twice to show what grows. No value of any
+variable is read, and no process is stopped. py-spy needs the right to read another process' memory (same user with
+ptrace allowed, or CAP_SYS_PTRACE).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def kind_of(mapping: str) -> str:
         return mapping[1:-1]
     if not mapping or mapping.startswith("["):
         return "anonymous"
-    return "shared memory" if mapping.startswith(("/dev/shm/", "/memfd:", "/SYSV")) else mapping
+    return "shared memory" if mapping.startswith(("/dev/shm/", "/memfd:", "/SYSV")) else mapping  # noqa: S108
 
 
 def memory(pid: int) -> Counter[str]:

@@ -104,11 +104,10 @@ def tool(
     Raises Trouble when it cannot be started, takes too long, fails, or says too much."""
     env = {"PATH": TOOL_PATH, "LANG": "C.UTF-8", "HOME": os.environ.get("HOME", "/nonexistent")}
     env |= {name: os.environ[name] for name in keep if name in os.environ}
+    env |= more or {}
+    given = b"" if stdin is None else stdin.encode()
     try:
-        done = subprocess.run(
-            list(argv), capture_output=True, timeout=seconds, env=env | dict(more or {}), check=False,
-            **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin.encode()}),
-        )  # fmt: skip
+        done = subprocess.run(list(argv), input=given, capture_output=True, timeout=seconds, env=env, check=False)
     except subprocess.TimeoutExpired as error:
         raise Trouble(f"{argv[0]}: no end after {seconds:g} s") from error
     text, errors = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")

@@ -17,10 +17,21 @@ import sys
 from urllib.parse import urlsplit
 
 from actions.builtin import CANNOT_TELL, DONE, FAILED
-from actions.builtin.program import Refused, Trouble, execute, find, nothing_to_do, options, say, shorten, target, tool
+from actions.builtin.program import (
+    Refused,
+    Trouble,
+    execute,
+    find,
+    nothing_to_do,
+    options,
+    say,
+    shorten,
+    target,
+    tool,
+)
 
-# N: no flag, a plain client; U: one through a unix socket. Everything else is a replica (S), master (M), monitor (O), subscriber (P), blocked (b),
-# in a transaction (x), tracking (t) or being closed.
+# N: no flag, a plain client; U: one through a unix socket. Everything else is a replica (S), master (M), monitor (O),
+# subscriber (P), blocked (b), in a transaction (x), tracking (t) or being closed.
 PLAIN = ("N", "U")
 PROTECTED_NAMES = ("alertmedic", "sentinel")
 UNLINK = """
@@ -214,9 +225,11 @@ def main() -> int:
     parser.add_argument("--previous", type=int, default=-1)
     parser.add_argument("--wanted", type=int, default=-1)
     parser.add_argument("--prefix", default="")
-    return execute(
-        parser, {op: lambda args, op=op: MODES[args.mode][op](args) for op in ("resolve", "run", "check")}
-    )
+
+    def act(args: argparse.Namespace) -> int:
+        return MODES[args.mode][args.operation](args)
+
+    return execute(parser, dict.fromkeys(("resolve", "run", "check"), act))
 
 
 if __name__ == "__main__":

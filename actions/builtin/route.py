@@ -2,8 +2,8 @@
 
 Runs as `python -I -m actions.builtin.route resolve|run|check|undo --daemon bird|frr`. BIRD: one protocol is disabled
 through birdc, so that all that it announces is withdrawn; the protocols that hold the host's own routes (kernel,
-device, direct, pipe) are refused. FRR: one BGP neighbour is shut down through vtysh, in the running configuration
-only (nothing is written to a file). Undoing enables it again, if it is still as we left it.
+device, direct, pipe) are refused. FRR: one BGP neighbour is shut down through vtysh, in the running configuration only
+(nothing is written to a file). Undoing enables it again, if it is still as we left it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes a pool of workers larger or smaller through the service's own API. Actions `workers.scale`, `workers.scale_down`.
+"""Makes a pool of workers larger or smaller through the service's own API. Actions `workers.scale*`.
 
 Runs as `python -I -m actions.builtin.workers resolve|run|check --url URL`. `GET URL` answers a JSON object whose `size`
 (or `workers`) is the present number; `PUT` sends the same key with the wanted number, and `expected` with the old one.

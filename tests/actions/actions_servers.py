@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,10 @@ def running(
         yield process
     finally:
         process.send_signal(stop)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait(10)
         if log:
             out.close()
@@ -105,7 +101,9 @@ def listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-async def plan_for(action: str, entry: Mapping[str, str], secrets: Mapping[str, str] | None = None, **params: Any) -> Any:
+async def plan_for(
+    action: str, entry: Mapping[str, str], secrets: Mapping[str, str] | None = None, **params: Any
+) -> Any:
     """The plan, or the refusal, for a service `svc` with this inventory."""
     world = context(inventory={"svc": dict(entry)}, targets=(), values={}, secrets=dict(secrets or {}))
     return await guard.consider(Proposal(action=action, service="svc", params=params), CATALOG, world, in_sandbox)
@@ -145,7 +143,7 @@ def with_option(argv: Sequence[str], **changed: object) -> tuple[str, ...]:
 
 
 async def carry_out(made: Plan | Declined, *, verdict: bool = True, secrets: Mapping[str, str] | None = None) -> str:
-    """The outcome of the plan through the real runner; with verdict False the series does not recover, so it is undone."""
+    """The outcome of the plan through the real runner; with verdict False the series does not recover: undone."""
     assert isinstance(made, Plan), made
     settings = RunnerSettings(secrets=dict(secrets or {}))
     runner = Runner(MemoryLedger(), sandbox, ScriptedVerifier([(verdict, "seen")]), lambda: NOW, settings)

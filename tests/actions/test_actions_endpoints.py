@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 from actions_servers import (
-    carry_out, checked, directory, do, free_port, one_step, plan_for, refused, running, with_option,
+    carry_out,
+    checked,
+    directory,
+    do,
+    free_port,
+    one_step,
+    plan_for,
+    refused,
+    running,
+    with_option,
 )  # fmt: skip
 from aiohttp import web
 from aiohttp.test_utils import TestServer

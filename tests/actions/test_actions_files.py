@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 from actions_servers import (
-    carry_out, checked, do, free_port, listens, one_step, plan_for, refused, until, with_option,
+    carry_out,
+    checked,
+    do,
+    free_port,
+    listens,
+    one_step,
+    plan_for,
+    refused,
+    until,
+    with_option,
 )  # fmt: skip
 from conftest import wait_until
 
@@ -129,7 +138,9 @@ def log_entry(root: Path) -> dict[str, str]:
     return {"log_root": str(root), "log_file": "app.log", "log_pid_file": f"{root}/pid", "log_signal": "USR1"}
 
 
-async def test_a_log_is_rotated_without_losing_a_line(root: Path, writer: Callable[[str], subprocess.Popen[str]]) -> None:
+async def test_a_log_is_rotated_without_losing_a_line(
+    root: Path, writer: Callable[[str], subprocess.Popen[str]]
+) -> None:
     process = writer("reopens")
     made = await plan_for("disk.rotate_log", log_entry(root), min_bytes=10)
     assert isinstance(made, Plan), made

@@ -49,7 +49,9 @@ class Maria:
         return process
 
     def close(self) -> None:
-        numbers = self.query("SELECT ID FROM information_schema.PROCESSLIST WHERE ID <> CONNECTION_ID() AND DB = 'shop'")
+        numbers = self.query(
+            "SELECT ID FROM information_schema.PROCESSLIST WHERE ID <> CONNECTION_ID() AND DB = 'shop'"
+        )
         for number in numbers.split():
             subprocess.run([*self.argv("root"), "-e", f"KILL {number}"], capture_output=True, check=False)
         for process in self.open:

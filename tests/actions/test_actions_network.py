@@ -11,11 +11,20 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from actions_servers import (
-    carry_out, checked, directory, do, free_port, listens, one_step, plan_for, refused, running, until, with_option,
+    carry_out,
+    checked,
+    directory,
+    do,
+    free_port,
+    one_step,
+    plan_for,
+    refused,
+    running,
+    until,
+    with_option,
 )  # fmt: skip
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -229,7 +238,8 @@ def resolvers(program: Callable[..., str]) -> Iterator[Resolvers]:
                     log=home / f"{name}.log",
                 )
             )
-        argv = [dnsmasq, "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces",
+        argv = [dnsmasq, "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts",
+                "--bind-interfaces",
                 "--listen-address=127.0.0.1", f"--port={ports['mask']}", f"--pid-file={home}/mask.pid", "--user=root",
                 f"--server=127.0.0.1#{ports['authority']}", "--cache-size=100"]  # fmt: skip
         stack.enter_context(running(argv, lambda: lookup(ports["mask"], "www.shop.test"), log=home / "mask.log"))

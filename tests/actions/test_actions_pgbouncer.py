@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 import pytest
 from actions_servers import (
-    carry_out, checked, directory, do, free_port, listens, one_step, plan_for, refused, running, until, with_option,
+    carry_out,
+    checked,
+    directory,
+    do,
+    free_port,
+    listens,
+    one_step,
+    plan_for,
+    refused,
+    running,
+    until,
+    with_option,
 )  # fmt: skip
 from conftest import Cluster
 
@@ -98,7 +109,9 @@ def sleeper(cluster: Cluster) -> Iterator[Callable[[str, str], subprocess.Popen[
     for process in started:
         process.kill()
         process.communicate()
-    cluster.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name IN ('shop', 'pg_dump')")
+    cluster.query(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name IN ('shop', 'pg_dump')"
+    )
 
 
 def runs(cluster: Cluster, role: str, name: str = "shop") -> bool:
@@ -137,7 +150,9 @@ async def test_superusers_and_dumps_are_not_cancelled(
     assert process.poll() is None
 
 
-async def test_waits_and_deadlocks_are_reported(cluster: Cluster, sleeper: Callable[..., subprocess.Popen[str]]) -> None:
+async def test_waits_and_deadlocks_are_reported(
+    cluster: Cluster, sleeper: Callable[..., subprocess.Popen[str]]
+) -> None:
     sleeper("BEGIN; UPDATE things SET n = 5 WHERE id = 1; SELECT pg_sleep(60)")
     until(lambda: cluster.query("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == "1")
     sleeper("UPDATE things SET n = 6 WHERE id = 1")
@@ -148,5 +163,5 @@ async def test_waits_and_deadlocks_are_reported(cluster: Cluster, sleeper: Calla
     report = json.loads(result.stdout)
     assert report["waits"][0]["user"] == "app"
     assert len(report["waits"][0]["blocked_by"]) == 1
-    assert {"database": "postgres"}.items() <= {k: v for k, v in report["databases"][0].items()}.items()
+    assert "postgres" in {d["database"] for d in report["databases"]}
     assert "UPDATE" not in result.stdout

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 from actions_servers import (
-    carry_out, checked, directory, do, free_port, listens, one_step, plan_for, refused, running, until, with_option,
+    carry_out,
+    checked,
+    directory,
+    do,
+    free_port,
+    listens,
+    one_step,
+    plan_for,
+    refused,
+    running,
+    until,
+    with_option,
 )  # fmt: skip
 
 from actions.model import Plan, Refusal
@@ -328,7 +339,9 @@ async def test_a_server_is_drained_and_made_ready_again(haproxy: Haproxy) -> Non
     assert "would be left" in last.detail
     assert (await do(step.undo, step)).ok
     assert haproxy.state("one") == "no check"
-    assert await carry_out(await plan_for("haproxy.drain_server", haproxy.entry, member="one"), verdict=False) == "undone"
+    assert (
+        await carry_out(await plan_for("haproxy.drain_server", haproxy.entry, member="one"), verdict=False) == "undone"
+    )
     assert haproxy.state("one") == "no check"
 
 

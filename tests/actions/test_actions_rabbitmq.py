@@ -11,7 +11,18 @@ from typing import Any
 
 import pika
 import pytest
-from actions_servers import carry_out, checked, directory, do, free_port, listens, plan_for, refused, running, with_option
+from actions_servers import (
+    carry_out,
+    checked,
+    directory,
+    do,
+    free_port,
+    listens,
+    plan_for,
+    refused,
+    running,
+    with_option,
+)
 
 from actions.model import Plan, Refusal
 
@@ -54,9 +65,12 @@ def broker(program: Callable[..., str]) -> Iterator[Rabbit]:
         port, dist, epmd = free_port(), free_port(), free_port()
         (home / "conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\ndisk_free_limit.absolute = 1MB\n")
         env = {
-            "HOME": str(home), "RABBITMQ_NODENAME": f"am{os.getpid()}@localhost", "RABBITMQ_MNESIA_BASE": f"{home}/db",
-            "RABBITMQ_LOG_BASE": f"{home}/log", "RABBITMQ_CONFIG_FILE": f"{home}/conf", "RABBITMQ_PID_FILE": f"{home}/pid",
-            "RABBITMQ_DIST_PORT": str(dist), "ERL_EPMD_PORT": str(epmd), "RABBITMQ_ENABLED_PLUGINS_FILE": f"{home}/plugins",
+            "HOME": str(home), "RABBITMQ_NODENAME": f"am{os.getpid()}@localhost",
+            "RABBITMQ_MNESIA_BASE": f"{home}/db",
+            "RABBITMQ_LOG_BASE": f"{home}/log", "RABBITMQ_CONFIG_FILE": f"{home}/conf",
+            "RABBITMQ_PID_FILE": f"{home}/pid",
+            "RABBITMQ_DIST_PORT": str(dist), "ERL_EPMD_PORT": str(epmd),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{home}/plugins",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
         }  # fmt: skip
         (home / "plugins").write_text("[].\n")

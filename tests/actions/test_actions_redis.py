@@ -47,7 +47,8 @@ def redis(program: Callable[..., str]) -> Iterator[Redis]:
     server, cli = program("redis-server"), program("redis-cli", "redis-tools")
     with directory("redis") as home:
         made = Redis(home / "s", cli)
-        argv = [server, "--port", "0", "--unixsocket", made.socket, "--dir", home, "--save", "", "--requirepass", "s3cret",
+        argv = [server, "--port", "0", "--unixsocket", made.socket, "--dir", home, "--save", "",
+                "--requirepass", "s3cret",
                 "--maxclients", "100"]  # fmt: skip
         with running(argv, lambda: made.ask("PING") == "PONG", log=home / "log"):
             yield made

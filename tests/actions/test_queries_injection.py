@@ -15,14 +15,14 @@ from agent.sources import promql
 
 CORPUS = json.loads((Path(__file__).parents[1] / "data" / "injection.json").read_text())
 ALL = [v if isinstance(v, str) else v[0] * v[1] for values in CORPUS.values() for v in values]
-QUERIES = sorted({query.query for pack in load_packs() for query in pack.queries.values()})
+QUERIES = sorted({query for pack in load_packs().packs for query in pack.queries.values()})
 LABELS = {"alertname": "A", "service": "svc", "instance": "svc:9", "job": "j", "severity": "page"}
 STRING = re.compile(r'"(?:\\.|[^"\\])*"')
 
 
 def shape(text: str) -> str:
     """The parsed query without what its strings hold."""
-    return STRING.sub('""', promql_parser.parse(text).prettify())
+    return STRING.sub('""', "".join(promql_parser.parse(text).prettify().split()))
 
 
 def labels_of(query: str, value: str) -> tuple[dict[str, str], ...]:
