@@ -39,7 +39,7 @@ from actions.model import AUTONOMY_ORDER, Autonomy, Declined, ParamValue, Plan, 
 from actions.parameters import ParameterError, render
 from actions.policy import GuardPolicy, granted, least
 from sandbox.failpoint import failpoint
-from sandbox.model import Limits, RunResult
+from sandbox.model import Limits, Needs, RunResult
 
 __all__ = [
     "LOCAL_HOSTS",
@@ -71,8 +71,8 @@ __all__ = [
 READ_SECONDS = 20.0
 MAX_NOTES = 8
 
-SandboxRun = Callable[[tuple[str, ...], Limits, Mapping[str, str]], Awaitable[RunResult]]
-"""Runs a read-only argv in the sandbox with these limits and secrets (names and values)."""
+SandboxRun = Callable[[tuple[str, ...], Limits, Mapping[str, str], Needs], Awaitable[RunResult]]
+"""Runs a read-only argv in the sandbox with these limits, secrets (names and values) and needs."""
 
 
 class ApprovalLike(Protocol):
@@ -425,7 +425,8 @@ async def _read(
     limits = definition.limits
     limits = msgspec.structs.replace(limits, timeout_seconds=min(limits.timeout_seconds, READ_SECONDS))
     try:
-        return await run(render(template, params, definition.parameters, _specials()), limits, secrets)
+        argv = render(template, params, definition.parameters, _specials())
+        return await run(argv, limits, secrets, definition.needs)
     except (ParameterError, KeyError) as error:
         return Declined(reason=Refusal.BAD_PARAMETERS, detail=str(error), action=definition.name)
     except (OSError, RuntimeError, ValueError) as error:

@@ -34,7 +34,7 @@ from agent.store import Store
 from agent.telemetry import Telemetry
 from agent.verify import SeriesVerifier
 from rules.model import Topology
-from sandbox.model import Limits, RunResult
+from sandbox.model import Limits, Needs, RunResult
 
 SNAPSHOT_WINDOW_SECONDS = 900.0
 SNAPSHOT_SERIES = 20
@@ -243,7 +243,7 @@ class Remediation:
     def _reader(self, incident: Incident, host: str = "") -> guard.SandboxRun:
         """Runs the read-only look-ups of a plan in the making."""
 
-        async def read(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str]) -> RunResult:
+        async def read(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str], needs: Needs) -> RunResult:
             by_descriptor = {name: value for name, value in secrets.items() if name in self._descriptors}
             by_name = {name: value for name, value in secrets.items() if name not in self._descriptors}
             return await self.executors.run(
@@ -254,6 +254,7 @@ class Remediation:
                 protection=self._config.sandbox.protection,
                 secrets=by_descriptor,
                 redact=tuple(by_name.values()),
+                needs=needs,
                 host=host,
             )
 

@@ -22,13 +22,13 @@ from sandbox.model import Layer, Needs
 MAX_RUNS = 64
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 24, 38  # prctl(2)
 _CAP_SYS_PTRACE = 19
-# What root may do here and no action needs (linux/capability.h): left are those over files, ownership, signals, ports,
-# users and network settings.
+# What root may do here and no action needs (linux/capability.h): left are those over files, ownership, leases (by which
+# a file that somebody writes to is not removed), signals, ports, users and network settings.
 _DROPPED = {
     "dac_read_search": 2, "setpcap": 8, "linux_immutable": 9, "net_raw": 13, "ipc_lock": 14, "ipc_owner": 15,
     "sys_module": 16, "sys_rawio": 17, "sys_chroot": 18, "sys_ptrace": _CAP_SYS_PTRACE, "sys_pacct": 20,
     "sys_admin": 21, "sys_boot": 22, "sys_resource": 24, "sys_time": 25, "sys_tty_config": 26, "mknod": 27,
-    "lease": 28, "audit_write": 29, "audit_control": 30, "setfcap": 31, "mac_override": 32, "mac_admin": 33,
+    "audit_write": 29, "audit_control": 30, "setfcap": 31, "mac_override": 32, "mac_admin": 33,
     "syslog": 34, "wake_alarm": 35, "block_suspend": 36, "audit_read": 37, "perfmon": 38, "bpf": 39,
     "checkpoint_restore": 40,
 }  # fmt: skip

@@ -146,6 +146,8 @@ def sockets(pid: int) -> set[str]:
     for name in names:
         try:
             target = os.readlink(PROC / str(pid) / "fd" / name)  # noqa: PTH115 - the raw text
+        except PermissionError:  # the names may be listed, what they are may not be seen
+            raise
         except OSError:
             continue
         if target.startswith("socket:["):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from actions.model import Declined, Step
     from agent.config import Config
     from rules.model import ParamValue
-    from sandbox.model import Limits, RunResult
+    from sandbox.model import Limits, Needs, RunResult
 
 
 def _catalog(config: Config) -> Catalog:
@@ -167,11 +167,11 @@ async def _steps(
 def _read_only(config: Config) -> Any:
     """Runs a look-up's argv in the sandbox."""
 
-    async def run(argv: tuple[str, ...], limits: Limits, environment: Mapping[str, str]) -> RunResult:
+    async def run(argv: tuple[str, ...], limits: Limits, environment: Mapping[str, str], needs: Needs) -> RunResult:
         import sandbox
 
         return await sandbox.run(
-            argv, limits, env=environment, user=config.sandbox.user, protection=config.sandbox.protection
+            argv, limits, env=environment, user=config.sandbox.user, protection=config.sandbox.protection, needs=needs
         )
 
     return run

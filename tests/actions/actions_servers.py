@@ -127,7 +127,7 @@ async def refused(
 
 
 async def do(argv: Sequence[str], step: Step, secrets: Mapping[str, str] | None = None) -> RunResult:
-    return await in_sandbox(tuple(argv), step.limits, secrets)
+    return await in_sandbox(tuple(argv), step.limits, secrets, step.needs)
 
 
 async def checked(step: Step, secrets: Mapping[str, str] | None = None) -> int | None:

@@ -12,11 +12,11 @@ import msgspec
 from effect_world import Crash as Crash
 
 import sandbox
-from actions.catalog import ActionDefinition, parse_action
+from actions.catalog import ActionDefinition, load_catalog, parse_action
 from actions.gates import GuardContext, Target
 from actions.model import Autonomy, BreakerMoved, ParamValue, Plan, Step, StepMoved, StepState, check_move
 from actions.policy import AutonomyPolicy, GuardPolicy
-from sandbox.model import EnforcedBy, Limits, Protection, RunResult
+from sandbox.model import EnforcedBy, Limits, Needs, Protection, RunResult
 
 NOW = 1_700_000_000.0
 
@@ -203,13 +203,16 @@ def policy(**more: Any) -> GuardPolicy:
     return GuardPolicy(**({"autonomy": AutonomyPolicy(default="auto")} | more))
 
 
-async def in_sandbox(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str] | None = None) -> RunResult:
+async def in_sandbox(
+    argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str] | None = None, needs: Needs | None = None
+) -> RunResult:
     """Runs for real, as the agent does."""
     env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **secrets} if secrets else None
-    return await sandbox.run(argv, limits, env=env)
+    return await sandbox.run(argv, limits, env=env, needs=needs)
 
 
 async def builtin(module: str, *arguments: str, secrets: Mapping[str, str] | None = None) -> RunResult:
-    """One of the shipped programs, within the default limits of a step."""
-    limits = Limits(timeout_seconds=60.0)
-    return await in_sandbox((sys.executable, "-I", "-m", f"actions.builtin.{module}", *arguments), limits, secrets)
+    """One of the shipped programs, within the default limits of a step and with the needs of its first action."""
+    limits, name = Limits(timeout_seconds=60.0), f"actions.builtin.{module}"
+    needs = next(d.needs for d in load_catalog() if name in d.argv)
+    return await in_sandbox((sys.executable, "-I", "-m", name, *arguments), limits, secrets, needs)

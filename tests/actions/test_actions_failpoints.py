@@ -31,7 +31,11 @@ BACKWARD = ["runner_before_undo", "runner_after_undo_intent", "runner_after_undo
 
 
 def start(directory: Path, verdict: str, failpoint: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ALERTMEDIC_FAILPOINT": failpoint, "PYTHONPATH": str(HERE)}
+    environment = {
+        **os.environ,
+        "ALERTMEDIC_FAILPOINT": failpoint,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "worlds")]),
+    }
     victim = [sys.executable, str(HERE / "actions_victim.py"), str(directory), verdict]
     return subprocess.run(victim, env=environment, capture_output=True, text=True, timeout=60, check=False)
 

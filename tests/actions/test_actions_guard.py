@@ -28,7 +28,7 @@ from actions.policy import (
     in_maintenance,
     storm_until,
 )
-from sandbox.model import EnforcedBy, Limits, RunResult
+from sandbox.model import EnforcedBy, Limits, Needs, RunResult
 
 WORKER = Target(identity="service=worker")
 
@@ -501,7 +501,7 @@ RESOLVING: dict[str, Any] = {
 
 
 async def look(result: RunResult | Exception, **more: Any) -> Plan | Declined:
-    async def run(argv: tuple[str, ...], limits: Limits, secrets: Any) -> RunResult:
+    async def run(argv: tuple[str, ...], limits: Limits, secrets: Any, needs: Needs) -> RunResult:
         assert argv == ("/bin/look", "--service=worker")
         if isinstance(result, Exception):
             raise result
@@ -552,7 +552,7 @@ async def test_a_look_up_that_went_wrong_plans_nothing(result: Any, refusal: Ref
 async def test_a_precondition_that_does_not_hold_plans_nothing() -> None:
     asked = []
 
-    async def run(argv: tuple[str, ...], limits: Limits, secrets: Any) -> RunResult:
+    async def run(argv: tuple[str, ...], limits: Limits, secrets: Any, needs: Needs) -> RunResult:
         asked.append(argv)
         return done(1, stderr="it is Friday")
 

@@ -95,7 +95,7 @@ def sources_of(definition: ActionDefinition) -> dict[str, dict[str, Any]]:
 
 
 async def plan_for(definition: ActionDefinition, sources: dict[str, Any], service: str = "svc") -> Plan | Declined:
-    async def run(argv: tuple[str, ...], limits: Limits, secrets: Any) -> Any:
+    async def run(argv: tuple[str, ...], limits: Limits, secrets: Any, needs: Any) -> Any:
         return done(stdout=json.dumps([{"identity": "x=1", "params": sources["target"]}]))
 
     proposal = Proposal(action=definition.name, service=service, params=sources["proposal"])

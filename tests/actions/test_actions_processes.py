@@ -59,8 +59,8 @@ async def plan_for(process: subprocess.Popen[str], *, agent: bool = False, **mor
     proposal = Proposal(action="process.terminate_group", service="node-1", params=params | more.pop("params", {}))
     world = context(inventory={"node-1": {}} | more.pop("inventory", {}), targets=(), values={}, **more)
 
-    async def run(argv: tuple[str, ...], limits: Any, secrets: Any) -> RunResult:
-        return await in_sandbox(argv if agent else disguised(argv), limits)
+    async def run(argv: tuple[str, ...], limits: Any, secrets: Any, needs: Any) -> RunResult:
+        return await in_sandbox(argv if agent else disguised(argv), limits, None, needs)
 
     return await guard.consider(proposal, load_catalog(), world, run)
 
@@ -71,7 +71,7 @@ def disguised(argv: tuple[str, ...]) -> tuple[str, ...]:
 
 
 async def run_step(step: Step, what: str = "argv") -> RunResult:
-    return await in_sandbox(disguised(getattr(step, what)), step.limits)
+    return await in_sandbox(disguised(getattr(step, what)), step.limits, None, step.needs)
 
 
 async def one_step(process: subprocess.Popen[str], **more: Any) -> Step:
@@ -127,7 +127,7 @@ async def test_a_group_that_was_replaced_since_the_plan_is_left_alone(group: Sta
     step = await one_step(process)
     argv = tuple(re.sub(r"^(--members=\d+):\d+$", r"\1:1", a) for a in disguised(step.argv))
     assert argv != disguised(step.argv)
-    result = await in_sandbox(argv, step.limits)
+    result = await in_sandbox(argv, step.limits, None, step.needs)
     assert result.exit_code == 93
     assert process.poll() is None
 
@@ -158,8 +158,11 @@ async def test_the_owner_of_a_known_port_is_protected(group: Start) -> None:
     await refused(process, f"listens on port {port}", inventory=inventory)
     # And at execution, when it became one only after the plan.
     step = await one_step(process)
-    late = await in_sandbox((*disguised(step.argv), f"--known-ports={port}"), step.limits)
+    late = await in_sandbox((*disguised(step.argv), f"--known-ports={port}"), step.limits, None, step.needs)
     assert late.exit_code == 93
+    # Without the right to look into it nobody can say that it owns none: protected.
+    blind = await in_sandbox((*disguised(step.argv), f"--known-ports={port}"), step.limits)
+    assert blind.exit_code == 93
     assert process.poll() is None
 
 
@@ -272,7 +275,7 @@ async def test_a_capture_shows_the_service_and_touches_nothing(group: Start) -> 
         made = await guard.consider(proposal, load_catalog(), world, in_sandbox)
         assert isinstance(made, Plan), made
         assert made.steps[0].read_only
-        result = await in_sandbox(made.steps[0].argv, made.steps[0].limits)
+        result = await in_sandbox(made.steps[0].argv, made.steps[0].limits, None, made.steps[0].needs)
     assert result.ok, result
     assert result.stdout_dropped == 0
     document = json.loads(result.stdout)

@@ -17,7 +17,7 @@ from actions import guard
 from actions.builtin import systemd
 from actions.catalog import load_catalog
 from actions.model import Declined, Plan, Refusal
-from sandbox.model import Limits, RunResult
+from sandbox.model import Limits, Needs, RunResult
 
 STAND_IN = """#!{python}
 import json, sys, pathlib
@@ -112,7 +112,7 @@ async def test_units_that_are_never_restarted(name: str) -> None:
 
 
 async def test_the_plan_names_unit_and_invocation() -> None:
-    async def run(argv: tuple[str, ...], limits: Limits, secrets: object) -> RunResult:
+    async def run(argv: tuple[str, ...], limits: Limits, secrets: object, needs: Needs) -> RunResult:
         target = {"identity": "unit=w@1.service", "params": {"invocation": "none"}}
         return RunResult(exit_code=0, stdout=json.dumps([target]))
 

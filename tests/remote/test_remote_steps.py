@@ -99,7 +99,7 @@ async def test_a_service_elsewhere_is_looked_at_and_acted_on_there() -> None:
     asked: list[tuple[str, str]] = []
 
     def reader(host: str = "") -> guard.SandboxRun:
-        async def read(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str]) -> RunResult:
+        async def read(argv: tuple[str, ...], limits: Limits, secrets: Mapping[str, str], _: Needs) -> RunResult:
             asked.append((host, argv[1]))
             line = '[{"identity": "pid=1,start=2", "params": {"process": "worker"}}]\n'
             return RunResult(exit_code=0, stdout=line)
