@@ -14,11 +14,10 @@ from itertools import islice
 
 import msgspec
 
-from actions.model import BreakerMoved, StepState
+from actions.model import BreakerMoved, Plan
 from agent.fold_model import (
     MAX_ALERTS_CLOSED,
     MAX_STORY_CLOSED,
-    UNSETTLED,
     ActionStart,
     Current,
     Incident,
@@ -37,7 +36,6 @@ MAX_BREAKERS = 10_000
 MAX_QUARANTINE = 200
 MAX_LOG = 300
 MAX_OBSERVATIONS = 2_000
-BUSY = UNSETTLED | {StepState.RAN}  # a target with such a step is somebody's: nobody else touches it
 
 IndexKey = tuple[str, str, str]  # (group | symptom | service, tenant, value)
 
@@ -138,15 +136,10 @@ class State:
         """Steps in intent, undoing or unknown: after a restart nobody knows what became of them."""
         return [UnsettledStep(i, n, i.steps[n]) for i in self.active() for n in i.unsettled]
 
-    def busy_targets(self) -> dict[str, str]:
-        """Target -> id of the incident that is acting on it (intent, ran and not yet verified, undoing, unknown)."""
-        return {
-            i.plan.steps[n].target: i.id
-            for i in self.active()
-            if i.plan is not None
-            for n, step in enumerate(i.steps)
-            if step.state in BUSY
-        }
+    def plans_under_way(self) -> dict[str, Plan]:
+        """Incident -> its plan, of those of which a step has begun and not all have ended: they act on what it names."""
+        running = (self.incidents[id] for id in self.live)
+        return {i.id: i.plan for i in running if i.plan_state == "running" and i.plan is not None}
 
     def action_starts(self, action: str = "", target: str = "", since: float = 0.0) -> list[ActionStart]:
         """Journalled intents at or after `since`, oldest first; "" means any."""

@@ -201,11 +201,7 @@ class Remediation:
 
     def _claims(self, mine: str) -> tuple[Claim, ...]:
         """What other incidents' plans act on: those under way by the journal, and those that were just let begin."""
-        plans = {
-            id: incident.plan
-            for id in self._store.state.live
-            if (incident := self._store.state.incidents[id]).plan_state == "running" and incident.plan is not None
-        }
+        plans = self._store.state.plans_under_way()
         plans.update(self._let)
         plans.pop(mine, None)
         # Each plan's claim is made once; a plan that is over leaves.

@@ -29,8 +29,8 @@ class LinkError(ValueError):
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a link says. `expires_at` in unix seconds; `id` is its number, by which the journal knows that it was
-    used."""
+    """What a link says. `expires_at` in unix seconds; `id` is its number, by which the journal knows that it was used;
+    `person` is the name that this person's credential has, where there is one: two names are two people."""
 
     id: str
     incident: str

@@ -409,21 +409,21 @@ def test_the_life_of_a_plan() -> None:
     fold.feed(step(id, "planned", "intent", at=120.0))
     assert fold.only.plan_state == "running"
     assert [(u.incident.id, u.index) for u in fold.state.unsettled_steps()] == [(id, 0)]
-    assert fold.state.busy_targets() == {"service=worker-0": id}
+    assert fold.state.plans_under_way() == {id: fold.only.plan}
     with pytest.raises(IllegalMove, match="under way"):
         check(fold.state, plan(id, "p2"))
     with pytest.raises(IllegalMove, match="under way"):
         check(fold.state, moved(id, "acting", "escalated"))
     fold.feed(step(id, "intent", "ran"))
     assert fold.state.unsettled_steps() == []
-    assert fold.state.busy_targets() == {"service=worker-0": id}
+    assert fold.state.plans_under_way() == {id: fold.only.plan}
     fold.feed(step(id, "ran", "verified"))
     assert fold.only.plan_state == "running"
     fold.feed(
         *(step(id, a, b, n=1, at=130.0) for a, b in (("planned", "intent"), ("intent", "ran"), ("ran", "verified")))
     )
     assert fold.only.plan_state == "done"
-    assert fold.state.busy_targets() == {}
+    assert fold.state.plans_under_way() == {}
     starts = fold.state.action_starts("service.restart.supervisord")
     assert [(a.at, a.target) for a in starts] == [(120.0, "service=worker-0"), (130.0, "service=worker-1")]
     assert fold.state.action_starts(target="service=worker-1", since=130.0) == starts[1:]
