@@ -57,7 +57,6 @@ from rules.packs import PackSet
 logger = logging.getLogger("alertmedic.app")
 RECONCILE_SECONDS = 30.0
 NO_PACKS = PackSet(())  # until they are read
-GRACE_SECONDS = 30.0
 DRAIN_SECONDS = 0.1  # between two looks at what still runs
 SWEEP_SECONDS = 10.0
 RETRY_SECONDS = 5.0
@@ -288,7 +287,7 @@ class App:
     async def _effects_ended(self) -> None:
         """Waits until no step's effect is under way, at most the grace period. A verification is not waited for: the
         next start goes on with it."""
-        until = time.monotonic() + GRACE_SECONDS
+        until = time.monotonic() + self.config.shutdown_seconds
         while time.monotonic() < until:
             acting = self.investigation.acting
             running = [acting[i.id] for i in self.store.state.active() if i.unsettled and i.id in acting]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -300,6 +300,23 @@ class Kubernetes(Struct, frozen=True, kw_only=True):
     timeout_seconds: Seconds = 10.0
     max_objects: Count = 50_000  # of one kind that are kept in memory; more: this kind is reported as missing
 
+    @property
+    def reach(self) -> dict[str, str]:
+        """What the actions need to speak to the API server, as inventory keys."""
+        found = {
+            "kubernetes_api": self.api,
+            "kubernetes_token_file": str(self.token_file),
+            "kubernetes_ca_file": str(self.ca_file),
+        }
+        return found | ({"kubernetes_namespaces": ",".join(self.namespaces)} if self.namespaces else {})
+
+    def covers(self, subject: str) -> bool:
+        """Whether that is the name of a Kubernetes object (`kind/namespace/name`, `node/name`) that may be acted on."""
+        kind, *rest = subject.split("/")
+        if kind == "node":
+            return len(rest) == 1
+        return len(rest) == 2 and all(rest) and (not self.namespaces or rest[0] in self.namespaces)
+
 
 class Merge(Struct, frozen=True, kw_only=True):
     window_seconds: SecondsOrZero = 300.0
@@ -348,6 +365,7 @@ class Config(Struct, frozen=True, kw_only=True):
     listen_tls: ListenTls = ListenTls()
     state_dir: Path = msgspec.field(default_factory=default_state_dir)
     environment: Annotated[str, Meta(max_length=128)] = ""
+    shutdown_seconds: Seconds = 30.0  # that a step under way gets when the agent is told to stop
     service_labels: tuple[LabelName, ...] = ("service", "job", "app")
     auth: Auth = Auth()
     intake: Intake = Intake()
@@ -398,6 +416,20 @@ class Config(Struct, frozen=True, kw_only=True):
     @property
     def inventory_strings(self) -> dict[str, dict[str, str]]:
         return {service: entry.strings() for service, entry in self.inventory.items()}
+
+    def inventory_with(self, subjects: Iterable[str] = ()) -> dict[str, dict[str, str]]:
+        """The inventory as actions take it. With an API server configured, every entry says how to reach it, and those
+        of `subjects` that are Kubernetes objects in the configured namespaces (`deployment/shop/cart`, `node/a`) have
+        an entry without being listed."""
+        entries = self.inventory_strings
+        if not self.kubernetes.enabled:
+            return entries
+        reach = self.kubernetes.reach
+        found = {service: {**reach, **entry} for service, entry in entries.items()}
+        for subject in subjects:
+            if subject not in found and self.kubernetes.covers(subject):
+                found[subject] = dict(reach)
+        return found
 
 
 _ENVIRONMENT_PREFIX = "ALERTMEDIC_"

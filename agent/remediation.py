@@ -75,7 +75,7 @@ class Remediation:
         self._clock = clock
         self._descriptors = {s.name for d in catalog for s in d.environment if s.by == "descriptor"}
         self._verifier = verifier
-        self._policy, self._inventory = config.guard_policy, config.inventory_strings
+        self._policy, self._inventory = config.guard_policy, config.inventory_with()
         self._environment_secrets = self._secrets()
         self._claimed: dict[str, Claim] = {}  # by plan
         self._graph, self._needing = Topology(), dict[str, frozenset[str]]()
@@ -147,6 +147,12 @@ class Remediation:
         entry = self._config.inventory.get(service)
         return entry.host if entry is not None and entry.host in self._config.hosts else ""
 
+    def _entries(self, service: str) -> Mapping[str, Mapping[str, str]]:
+        """The inventory, with an entry for a Kubernetes object that nobody has to list."""
+        if service in self._inventory or not service:
+            return self._inventory
+        return self._config.inventory_with((service,))
+
     def context(self, incident: Incident, service: str = "") -> GuardContext:
         """The world as the gates see it, now, for an action on `service`. Asked for before every step, so that it must
         cost little however many incidents there are: what nobody may look at is made when it is looked at."""
@@ -163,7 +169,7 @@ class Remediation:
             firing=bool(incident.firing),
             evidence_at=incident.evidence_at,
             policy=self._policy,
-            inventory=self._inventory,
+            inventory=self._entries(service),
             enforced_by=self.executors.enforced_by(host) if host else sandbox.current().enforced_by,
             remote_hosts=self.executors.names,
             alerts=tuple(sorted({alert.name for alert in incident.firing})),

@@ -57,6 +57,20 @@ SHIPPED = {
     "service.restart.systemd",
     "workers.scale",
     "workers.scale_down",
+    "kubernetes.rollout_restart",
+    "service.restart.kubernetes",
+    "kubernetes.rollout_undo",
+    "kubernetes.scale",
+    "kubernetes.set_resources",
+    "kubernetes.hpa_bounds",
+    "kubernetes.suspend_cronjob",
+    "kubernetes.set_config",
+    "kubernetes.annotate",
+    "kubernetes.cordon",
+    "kubernetes.uncordon",
+    "kubernetes.drain",
+    "kubernetes.evict_pod",
+    "kubernetes.capture",
 }
 
 
@@ -64,6 +78,7 @@ def test_the_shipped_catalogue_is_what_packs_may_propose() -> None:
     catalog = load_catalog()
     assert {d.name for d in catalog} == SHIPPED
     assert [d.name for d in catalog.variants("service.restart")] == [
+        "service.restart.kubernetes",
         "service.restart.supervisord",
         "service.restart.systemd",
         "service.restart.s6",

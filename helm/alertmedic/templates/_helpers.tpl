@@ -164,6 +164,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $base := dict
   "listen" "0.0.0.0:9095"
   "state_dir" "/var/lib/alertmedic"
+  "shutdown_seconds" (sub .Values.terminationGracePeriodSeconds 30)
   "sandbox" (dict "protection" .Values.sandbox.mode)
   "log" (dict "format" "json")
   "packs" (dict "dirs" list)
