@@ -38,10 +38,13 @@ BlastRadius = Literal["none", "session", "process", "service", "host"]
 Changes = Literal["nothing", "runtime", "persistent"]
 SPECIALS = frozenset({"python"})
 MAX_FILE_BYTES = MIB
-_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
-_PARAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-_SIZE = re.compile(r"([0-9]+)(B|KiB|MiB|GiB)?")
+QUERY_VARIABLES = frozenset({"scope", "service", "rate"})  # filled in, escaped, as in the queries of packs
+_VARIABLE = re.compile(r"\$([a-zA-Z_][a-zA-Z0-9_]*)")
+NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
+PARAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
+ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+USER = re.compile(r"[a-z_][a-z0-9_-]*")
+SIZE = re.compile(r"([0-9]+)(B|KiB|MiB|GiB)?")
 _UNITS = {None: 1, "B": 1, "KiB": 1024, "MiB": MIB, "GiB": 1024 * MIB}
 _SHELLS = frozenset(
     {"sh", "ash", "bash", "rbash", "dash", "zsh", "ksh", "mksh", "fish", "csh", "tcsh", "pwsh", "busybox"}
@@ -58,12 +61,14 @@ class CatalogError(ValueError):
 
 
 class Risk(msgspec.Struct, frozen=True, kw_only=True):
-    """What can go wrong. `changes`: nothing, the running system, or data or configuration that a restart keeps."""
+    """What can go wrong. `changes`: nothing, the running system, or data or configuration that a restart keeps.
+    `acts_on`: the diagnosed cause itself, or something else that others share."""
 
     reversible: bool
     blast_radius: BlastRadius
     changes: Changes
     auto: Literal["allowed", "never"]
+    acts_on: Literal["cause", "other"] = "cause"
     persons: Annotated[int, msgspec.Meta(ge=1, le=2)] = 1  # that must approve it, where a person must
 
 
@@ -100,6 +105,8 @@ class ActionDefinition(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...]
     check: tuple[str, ...] = ()
     undo: tuple[str, ...] = ()  # empty: `undo: none`
+    dry_run: tuple[str, ...] = ()  # a command that only says what would happen; empty: `dry_run: resolve`
+    verify_query: str = ""  # PromQL that answers with something once it has helped, besides the series of the diagnosis
     verify: Literal["each", "last"] = "last"
     verify_seconds: float = 60.0
     idempotent: bool = False
@@ -285,7 +292,7 @@ class _Keys:
 
     def text(self, key: str, default: Any = ..., pattern: re.Pattern[str] | None = None) -> str:
         value = self.take(key, str, default, "text")
-        if isinstance(value, str) and pattern is not None and value and not pattern.fullmatch(value):
+        if isinstance(value, str) and pattern is not None and value != default and not pattern.fullmatch(value):
             self.fault(key, f'"{value}" does not match {pattern.pattern}')
         return value if isinstance(value, str) else ""
 
@@ -313,7 +320,7 @@ class _Keys:
     def argv(self, key: str, default: Any = ...) -> tuple[str, ...]:
         value = self.take(key, list, default, "a list of texts")
         if not value:
-            if value == [] and key in ("argv", "resolve", "check"):
+            if value == [] and key in ("argv", "resolve", "check", "dry_run"):
                 self.fault(key, "is empty")
             return ()
         if not all(isinstance(v, str) and v for v in value):
@@ -330,13 +337,15 @@ class _Keys:
 def _definition(data: object, where: str, faults: list[str]) -> ActionDefinition | None:
     before = len(faults)
     keys = _Keys(data, where, faults)
-    name = keys.text("name", pattern=_NAME)
+    name = keys.text("name", pattern=NAME)
     undo_given = keys.data.get("undo")
     if undo_given == "none":
         keys.data["undo"] = []
+    if keys.data.get("dry_run") == "resolve":
+        del keys.data["dry_run"]
     definition = ActionDefinition(
         name=name,
-        family=keys.text("family", name, _NAME),
+        family=keys.text("family", name, NAME),
         version=keys.number("version", 1, 1, 1_000_000, whole=True),
         description=keys.text("description"),
         where=keys.choice("where", get_args(Where), "host"),
@@ -348,6 +357,8 @@ def _definition(data: object, where: str, faults: list[str]) -> ActionDefinition
         argv=keys.argv("argv"),
         check=keys.argv("check", None),
         undo=keys.argv("undo"),
+        dry_run=keys.argv("dry_run", None),
+        verify_query=keys.text("verify_query", ""),
         verify=keys.choice("verify", ("each", "last"), "last"),
         verify_seconds=float(keys.number("verify_seconds", 60.0, 1, 3600) or 60.0),
         idempotent=keys.flag("idempotent"),
@@ -356,7 +367,7 @@ def _definition(data: object, where: str, faults: list[str]) -> ActionDefinition
         limits=_limits(keys.take("limits", dict, {}, "a mapping"), f"{where}.limits", faults),
         environment=_environment(keys.items("environment"), f"{where}.environment", faults),
         needs=_needs(keys.take("needs", dict, {}, "a mapping"), f"{where}.needs", faults),
-        user=keys.text("user", "", re.compile(r"[a-z_][a-z0-9_-]*")),
+        user=keys.text("user", "", USER),
         source=where,
     )
     if undo_given == []:
@@ -371,7 +382,7 @@ def _parameters(data: Mapping[str, Any], where: str, faults: list[str]) -> dict[
     found: dict[str, Parameter] = {}
     for name, body in data.items():
         at = f"{where}.{name}"
-        if not isinstance(name, str) or not _PARAM_NAME.fullmatch(name) or name in SPECIALS:
+        if not isinstance(name, str) or not PARAM_NAME.fullmatch(name) or name in SPECIALS:
             faults.append(f"{at}: not a possible name of a parameter")
             continue
         found[name] = _parameter(name, _Keys(body, at, faults))
@@ -393,7 +404,7 @@ def _parameter(name: str, keys: _Keys) -> Parameter:
         max=keys.number("max", None, -(2**53), 2**53),
         max_length=keys.number("max_length", 256, 1, 4096, whole=True),
         leading_dash=keys.flag("leading_dash", False),
-        key=keys.text("key", "", _PARAM_NAME),
+        key=keys.text("key", "", PARAM_NAME),
     )
     default = keys.take("default", scalar, None, "text, a number, true or false")
     keys.done()
@@ -433,6 +444,7 @@ def _risk(data: Any, where: str, faults: list[str]) -> Risk:
         blast_radius=keys.choice("blast_radius", get_args(BlastRadius)),
         changes=keys.choice("changes", get_args(Changes)),
         auto=keys.choice("auto", ("allowed", "never")),
+        acts_on=keys.choice("acts_on", ("cause", "other"), "cause"),
         persons=keys.number("persons", 1, 1, 2, whole=True),
     )
     keys.done()
@@ -459,7 +471,7 @@ def _limits(data: Mapping[str, Any], where: str, faults: list[str]) -> Limits:
 def _size(keys: _Keys, key: str, default: int, low: int = 1024) -> int:
     """Bytes from `128MiB`, `64KiB` or a plain number."""
     value = keys.take(key, (int, str), default, "a size such as 128MiB")
-    match = _SIZE.fullmatch(str(value))
+    match = SIZE.fullmatch(str(value))
     if match is None:
         keys.fault(key, f'"{value}" is no size: write it like 128MiB')
         return default
@@ -474,7 +486,7 @@ def _environment(data: list[Any], where: str, faults: list[str]) -> tuple[Secret
     found = []
     for i, body in enumerate(data):
         keys = _Keys(body, f"{where}[{i}]", faults)
-        name, required = keys.text("name", pattern=_ENV_NAME), keys.flag("required", True)
+        name, required = keys.text("name", pattern=ENV_NAME), keys.flag("required", True)
         by = keys.choice("by", ("environment", "descriptor"), "environment")
         found.append(Secret(name=name, required=required, by=by))
         keys.done()
@@ -525,6 +537,7 @@ def _cross_checks(definition: ActionDefinition, where: str, faults: list[str]) -
         ("argv", definition.argv, declared),
         ("check", definition.check, declared),
         ("undo", definition.undo, declared),
+        ("dry_run", definition.dry_run, declared),
         ("resolve", definition.resolve, early),
         ("target", [definition.target], early),
         *((f"preconditions[{i}].argv", p.argv, early) for i, p in enumerate(definition.preconditions)),
@@ -543,11 +556,17 @@ def _cross_checks(definition: ActionDefinition, where: str, faults: list[str]) -
         faults.append(f"{where}.target: exactly one of `target` and `resolve` says what is acted on")
     if not definition.resolve and any(p.origin == "target" for p in definition.parameters.values()):
         faults.append(f"{where}.resolve: is absent, but a parameter comes from the target")
+    for variable in sorted(set(_VARIABLE.findall(definition.verify_query)) - QUERY_VARIABLES):
+        faults.append(f"{where}.verify_query: ${variable} is none of {', '.join(sorted(QUERY_VARIABLES))}")
+    if definition.verify_query and "$scope" not in definition.verify_query:
+        faults.append(f"{where}.verify_query: lacks $scope: it would ask for every series of the server")
     if not definition.check and not (definition.read_only or definition.idempotent):
         faults.append(f"{where}.check: is absent: after a crash nobody could tell whether it had happened")
     risk = definition.risk
     if risk.changes == "persistent" and not definition.undo and risk.auto == "allowed":
         faults.append(f"{where}.risk.auto: it changes what lasts and cannot be undone, so it must be `never`")
+    if risk.acts_on == "other" and risk.auto == "allowed":
+        faults.append(f"{where}.risk.auto: it acts on something else than the cause, so it must be `never`")
     if risk.reversible and not definition.undo and not definition.read_only:
         faults.append(f"{where}.risk.reversible: is true, but undo is none")
     if definition.read_only and (risk.changes != "nothing" or definition.undo):

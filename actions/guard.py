@@ -152,6 +152,7 @@ def decide(proposal: ProposalLike, definition: ActionDefinition, context: GuardC
         persons=max(definition.risk.persons, _persons(proposal, definition, context)),
         verify=definition.verify,
         verify_seconds=definition.verify_seconds,
+        verify_query=definition.verify_query,
         made_at=context.now,
         expires_at=context.now + context.policy.approval_ttl_seconds,
         reason=proposal.reason,

@@ -134,6 +134,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     persons: int = 1  # that must approve it, where it waits for approval
     verify: Literal["each", "last"] = "last"
     verify_seconds: float = 60.0
+    verify_query: str = ""  # PromQL that must answer with something, besides the series that justified the plan
     made_at: float
     expires_at: float
     reason: str = ""

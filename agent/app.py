@@ -111,20 +111,21 @@ async def running(config: Config) -> AsyncIterator[App]:
         async with contextlib.AsyncExitStack() as stack:
             downstream = Downstream(store)
             sources: list[Source] = [HostSource(config.inventory_strings)]
-            discover = None
+            discover = ask = None
             expressions = Expressions()
             if config.prometheus.url:
                 prometheus = await stack.enter_async_context(
                     PrometheusSource(prometheus_of(config), breaker=downstream.prometheus)
                 )
                 sources.append(prometheus)
+                ask = prometheus.query_instant
                 expressions = Expressions(rules_of(prometheus))
                 if config.topology.service_graph:
                     discover = Discovery(prometheus).topology
             situations = Situations(
                 config, NO_PACKS, sources, topology, discover, expressions=expressions, discovery=downstream.topology
             )
-            verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry)
+            verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry, ask=ask)
             remediation = Remediation(config, catalog, store, verifier, telemetry)
             learning = Learning(config, store, NO_PACKS)
             app = App(config, store, telemetry, remediation, downstream, learning)

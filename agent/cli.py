@@ -227,6 +227,7 @@ def _catalogues(commands: Commands, common: argparse.ArgumentParser) -> None:
         made.set_defaults(what=name)
     actions = _group(commands, "actions", "actions: what can be done")
     _add(actions, common, "list", _actions, "list the actions").set_defaults(what="list")
+    _add(actions, common, "schema", _actions, "print the JSON Schema of a file of actions").set_defaults(what="schema")
     show = _add(actions, common, "show", _actions, "show one action")
     lint = _add(actions, common, "lint", _actions, "list every fault of the actions")
     lint.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="instead of the configured directories")
@@ -515,6 +516,8 @@ def _packs(arguments: argparse.Namespace) -> int:
 def _actions(arguments: argparse.Namespace) -> int:
     from agent.commands import catalogue
 
+    if arguments.what == "schema":
+        return catalogue.schema()
     config = _config(arguments)
     if arguments.what == "list":
         return catalogue.list_actions(config, as_json=arguments.json)

@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def lint(config: Config, dirs: tuple[Path, ...], *, as_json: bool) -> Exit:
         if not path.is_dir():
             raise CommandError(f"actions lint: {path} is no directory", "name the directory that holds the actions")
     try:
-        load_catalog(dirs or config.actions.dirs)
+        faults = tuple(_bad_queries(load_catalog(dirs or config.actions.dirs)))
     except CatalogError as error:
         faults = tuple(error.faults)
     if as_json:
@@ -99,6 +99,28 @@ def lint(config: Config, dirs: tuple[Path, ...], *, as_json: bool) -> Exit:
         for fault in faults or ("actions: in order",):
             say(fault)
     return Exit.FAULT if faults else Exit.OK
+
+
+def _bad_queries(catalog: Catalog) -> Iterator[str]:
+    """Queries that are no PromQL once a service is filled in."""
+    import promql_parser
+
+    from agent.sources.promql import TemplateError, render
+
+    for definition in catalog:
+        if definition.verify_query:
+            try:
+                promql_parser.parse(render(definition.verify_query, "service", ["a", "b"], "1m"))
+            except (TemplateError, ValueError) as error:
+                yield f"{definition.source}.verify_query: {' '.join(str(error).split())}"
+
+
+def schema() -> Exit:
+    """The JSON Schema of a file of actions (docs/schemas/actions.schema.json)."""
+    from actions.schema import actions_schema
+
+    emit_json(actions_schema())
+    return Exit.OK
 
 
 def dry_run(config: Config, name: str, service: str, given: tuple[str, ...], *, as_json: bool) -> Exit:
@@ -115,7 +137,7 @@ def dry_run(config: Config, name: str, service: str, given: tuple[str, ...], *, 
         emit_json({"steps": [msgspec.to_builtins(s) for s in steps]})
         return Exit.OK
     for step in steps:
-        say(f"{step.action} on {step.target}")
+        say(f"{step.action} on {step.target}" + (f" at {step.host}" if step.host else ""))
         say(f"  run    {shlex.join(step.argv)}")
         say(f"  check  {shlex.join(step.check) if step.check else 'none'}")
         say(f"  undo   {shlex.join(step.undo) if step.undo else 'none'}")

@@ -246,6 +246,25 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         },
         "resolve: {pid} is known only when the target has been resolved",
     ),
+    (
+        "automatic on something else than the cause",
+        {
+            "risk": {
+                "reversible": False,
+                "blast_radius": "service",
+                "changes": "runtime",
+                "acts_on": "other",
+                "auto": "allowed",
+            }
+        },
+        "risk.auto: it acts on something else than the cause",
+    ),
+    ("dry run of a wrong kind", {"dry_run": "nothing"}, "dry_run: expected a list of texts"),
+    ("empty dry run", {"dry_run": []}, "dry_run: is empty"),
+    ("undeclared in the dry run", {"dry_run": ["/bin/true", "{host}"]}, "dry_run: {host} is no parameter"),
+    ("query for everything", {"verify_query": "up == 1"}, "verify_query: lacks $scope"),
+    ("query with a variable of its own", {"verify_query": "up{$scope} == $x"}, "verify_query: $x is none of"),
+    ("empty name", {"name": ""}, 'name: "" does not match'),
     ("precondition without words", {"preconditions": [{"argv": ["/bin/true"]}]}, "preconditions[0].text: is absent"),
 ]
 

@@ -24,6 +24,7 @@ from actions.runner import Runner, RunnerSettings
 from agent.remote import Executors
 from agent.remote_protocol import PYTHON_THERE
 from sandbox import EnforcedBy, Limits, RunResult
+from sandbox.model import Needs
 
 NOW = 1_700_000_000.0
 LIMITS = Limits(timeout_seconds=60, memory_bytes=512 << 20)
