@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import journal, lag, live, sandbox, startup, webhook
+from bench import diagnosis, journal, lag, live, sandbox, startup, webhook
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "bench.json"
@@ -48,6 +48,7 @@ def main() -> int:
         "sandbox_in_user_mode_linux": lambda: _in_vm(24.0 * share),
         "live_diagnosis": lambda: live.bench(5 if given.quick else 15),
         "lag": lambda: lag.bench(250 if given.quick else lag.STEPS),
+        "diagnosis": lambda: diagnosis.bench(18.0 * share),
         "startup": lambda: startup.bench(3 if given.quick else 9),
     }
     figures: dict[str, Any] = {}

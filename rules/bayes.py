@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +59,20 @@ class Model:
         prior = np.array([math.log(causes[name].prior / (1.0 - causes[name].prior)) for name in names])
         return cls(names, columns, prior, weights, needs)
 
-    def contributions(self, rows: Sequence[int], states: NDArray[np.intp]) -> FloatArray:
+    @cached_property
+    def _flat(self) -> tuple[FloatArray, NDArray[np.intp]]:
+        """The weights in one row, and where in it each (cause, column) begins: one gather is several times faster than
+        indexing by three arrays."""
+        causes, columns, states = self.weights.shape
+        starts = np.arange(causes * columns, dtype=np.intp).reshape(causes, columns) * states
+        return np.ascontiguousarray(self.weights).ravel(), starts
+
+    def contributions(self, rows: Sequence[int] | NDArray[np.intp], states: NDArray[np.intp]) -> FloatArray:
         """Log ratios, (candidates, columns). `rows`: the causes' indices; `states`: (candidates, columns) indices."""
-        at = np.asarray(rows, dtype=np.intp)[:, None]
-        return np.asarray(self.weights[at, np.arange(len(self.columns))[None, :], states], dtype=np.float64)
+        flat, starts = self._flat
+        at = starts[np.asarray(rows, dtype=np.intp)]
+        at += states
+        return flat.take(at)
 
 
 def posteriors(log_odds: FloatArray) -> FloatArray:

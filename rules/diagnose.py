@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Model, combined_confidence, posteriors
+from rules.causality import Clock, Lead, direction
 from rules.derived import derived_findings
 from rules.engine import Matcher, graph_of, records_of
 from rules.evidence import NOTHING, Observation, Observer, clean, describe, describe_fact
@@ -36,7 +37,8 @@ _FACT_WORDS = {
     "cpu_percent": "group_cpu_percent",
     "mountpoint": "mount",
 }
-_NO_EVIDENCE = frozenset({"rules", "prior", "effects"})  # contributions that are no look at the candidate itself
+# Contributions that are no look at the candidate itself.
+_NO_EVIDENCE = frozenset({"rules", "prior", "effects", "order", "direction"})
 _WORD = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -52,6 +54,7 @@ class Candidate:
     posterior: float
     parts: FloatArray  # log ratios by column of the model
     explains: Explained | None = None  # what it accounts for of generic causes; in `log_odds`
+    lead: Lead | None = None  # whether it moved before the alerting service, or after it; in `log_odds`
 
 
 def diagnose(situation: Situation, packs: PackSet, limit: int = TOP) -> Diagnosis:
@@ -124,7 +127,7 @@ def _weighed(
     ]
     if not pairs:
         return ()
-    rows = [row for _, row in pairs]
+    rows = np.array([row for _, row in pairs], dtype=np.intp)
     parts = model.contributions(rows, _states(observer, model, pairs))
     boosts = np.array([_boost(packs, supports.get((s, model.causes[r]), ())) for s, r in pairs])
     symptom = SYMPTOM_ABSENT if observer.symptom().state == "absent" else 0.0
@@ -135,6 +138,9 @@ def _weighed(
     gains = np.array([explains[i].nats if i in explains else 0.0 for i in range(len(pairs))])
     log_odds = model.prior[rows] + symptom + boosts + evidence + gains
     chosen = np.flatnonzero(speaking)
+    leads = _leads(observer, model, pairs, parts, chosen.tolist())
+    for i, lead in leads.items():
+        log_odds[i] += lead.nats
     weights = posteriors(log_odds[chosen])
     candidates: list[Candidate] = []
     for i, posterior in zip(chosen.tolist(), weights.tolist(), strict=True):
@@ -150,6 +156,7 @@ def _weighed(
                 posterior=posterior,
                 parts=parts[i],
                 explains=explains.get(i),
+                lead=leads.get(i),
             )
         )
     mass: dict[str, float] = {}
@@ -200,6 +207,9 @@ def contributions_of(candidate: Candidate, observer: Observer) -> tuple[Contribu
         effects = "; ".join(f"{packs.causes[c].title} ({s})" for s, c in candidate.explains.effects[:3])
         text = f"it would account for what else is seen: {effects}"
         found.append(Contribution(evidence="effects", state="explained", log_odds=candidate.explains.nats, text=text))
+    if candidate.lead is not None:
+        found.append(_order_told(candidate.lead))
+    found += _direction_told(candidate, observer)
     if observer.symptom().state == "absent":
         text = f"nothing is wrong at {observer.graph.entry} itself"
         found.append(Contribution(evidence="symptom", state="absent", log_odds=SYMPTOM_ABSENT, text=text))
@@ -224,6 +234,43 @@ def _fire(observer: Observer, matcher: Matcher) -> tuple[dict[tuple[str, str], t
         else:
             supports.setdefault((service, then.support), set()).add(fired.rule)
     return {key: tuple(sorted(names)) for key, names in supports.items()}, pruned
+
+
+def _leads(
+    observer: Observer, model: Model, pairs: list[tuple[str, int]], parts: FloatArray, chosen: list[int]
+) -> dict[int, Lead]:
+    """Who moved first: each candidate by the leading series of its defining evidence, against the alerting service."""
+    clock, found = Clock(observer), {}
+    for i in chosen:
+        service, row = pairs[i]
+        if service == observer.graph.entry:
+            continue
+        for j in np.flatnonzero((parts[i] > 0) & model.needs[row]).tolist():
+            seen = observer.observe(service, *model.columns[j])
+            lead = clock.lead(seen.findings[0]) if seen.findings else None
+            if lead is not None and (i not in found or lead.p < found[i].p):
+                found[i] = lead
+    return found
+
+
+def _order_told(lead: Lead) -> Contribution:
+    order = "before" if lead.nats > 0 else "after"
+    text = f"{lead.cause} moved {abs(lead.seconds):g} s {order} {lead.effect} (shifted surrogates: p = {lead.p:.2g})"
+    return Contribution(
+        evidence="order", state="leads" if lead.nats > 0 else "follows", log_odds=lead.nats, text=clean(text, 400)
+    )
+
+
+def _direction_told(candidate: Candidate, observer: Observer) -> list[Contribution]:
+    """How the trouble lies around the candidate on the call graph, in words; the evidence at callers and callees weighs
+    it already."""
+    suffering, callers, below, callees = direction(observer, candidate.service)
+    if not suffering and not below:
+        return []
+    told = [f"{suffering} of {callers} that depend on it suffer"] * bool(callers)
+    told += [f"{below} of {callees} that it calls do"] * bool(callees)
+    state = "travels up" if suffering and not below else "shared" if suffering else "comes from below"
+    return [Contribution(evidence="direction", state=state, log_odds=0.0, text=", ".join(told))]
 
 
 def _states(

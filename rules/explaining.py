@@ -61,12 +61,13 @@ def explained(
     if not effects:
         return {}
     looked = {group for c in causes.values() if c.generic for group in c.needs if "@" not in group}
+    measured = _measured(observer, looked)
     below = {service: _reachable(observer.graph, service) for service in effects}
     found = {}
     for i, ((service, cause), speaks) in enumerate(zip(candidates, speaking, strict=True)):
         if causes[cause].generic or not speaks:
             continue
-        near = set() if _measured(observer, service, looked) else set(observer.graph.callers.get(service, ()))
+        near = set() if service in measured else set(observer.graph.callers.get(service, ()))
         if not any(line.group in looked and line.at == "self" for line in causes[cause].evidence):
             near.add(service)
         far = {s for s, reached in below.items() if service in reached} - {service}
@@ -102,9 +103,8 @@ def _reachable(graph: Graph, service: str) -> set[str]:
     return reached
 
 
-def _measured(observer: Observer, service: str, groups: set[str]) -> bool:
-    """Whether the effects are told apart at this service: it has such series of its own, and still answers."""
-    mine = [f for f in observer.findings if f.service == service and f.state is not None]
-    if any(observer.packs.signals[f.signal].kind == "up" and f.bad for f in mine):
-        return False
-    return any(f.group in groups for f in mine)
+def _measured(observer: Observer, groups: set[str]) -> set[str]:
+    """The services at which the effects are told apart: they have such series of their own, and still answer."""
+    known = [f for f in observer.findings if f.state is not None]
+    deaf = {f.service for f in known if f.bad and observer.packs.signals[f.signal].kind == "up"}
+    return {f.service for f in known if f.group in groups} - deaf
