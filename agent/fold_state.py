@@ -137,7 +137,7 @@ class State:
         return [UnsettledStep(i, n, i.steps[n]) for i in self.active() for n in i.unsettled]
 
     def plans_under_way(self) -> dict[str, Plan]:
-        """Incident -> its plan, of those of which a step has begun and not all have ended: they act on what it names."""
+        """Incident -> its plan, where a step has begun and not all have ended: what it names is being acted on."""
         running = (self.incidents[id] for id in self.live)
         return {i.id: i.plan for i in running if i.plan_state == "running" and i.plan is not None}
 

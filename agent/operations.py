@@ -157,9 +157,12 @@ class Operations:
             return _answer(incident, before, again=True)
         now = self._clock()
         refused = _refusal(incident, wanted.digest, now)
+        if refused is None and incident.plan_state == "suggested" and wanted.decision == "reject":
+            what = "it is only suggested: nothing waits, so there is nothing to reject"
+            refused = "nothing_waiting", what, Refusal.SUGGEST_ONLY
         plan: Plan | Declined | None = incident.plan
         taken = incident.state is IncidentState.SUGGESTED and wanted.decision == "approve"
-        if refused is None and taken and incident.plan is not None:
+        if refused is None and incident.plan is not None and incident.plan_state == "suggested":
             plan = guard.taken(incident.plan, self._policy, now)
         if isinstance(plan, Declined):
             refused = "refused", plan.detail, plan.reason
@@ -192,7 +195,9 @@ class Operations:
             moved = IncidentMoved(
                 at=now, incident=incident.id, before=incident.state, after=IncidentState.AWAITING_APPROVAL, reason=what
             )
-            records = [PlanMade(at=now, plan=plan), moved, given]
+            # A crash may have left a request without the rest of this write: it is gone on with.
+            made = [] if plan is incident.plan else [PlanMade(at=now, plan=plan)]
+            records = [*made, moved, given]
         await self._store.record(*records)
         failpoint("operations_after_approval")
         # Two decisions at once: the fold counts one of them, and that is the one to tell of.

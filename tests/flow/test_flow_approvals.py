@@ -148,6 +148,17 @@ async def test_a_suggestion_is_made_a_request_by_who_approves_it(desk: Desk) -> 
     assert len(incident.approvals) == 1
 
 
+async def test_a_request_that_a_crash_left_half_written_is_gone_on_with(desk: Desk) -> None:
+    plan = await desk.plan("suggest")
+    request = msgspec.structs.replace(plan, id="plan-request", autonomy="approve")
+    await desk.world.store.record(PlanMade(at=NOW, plan=request))  # and then the lights went out
+    assert await desk.approve(plan.digest) == "stale_digest"
+    assert await desk.approve(request.digest) == "approved"
+    incident = desk.world.incident(desk.id)
+    assert (incident.state, incident.plan_state) == (_I.AWAITING_APPROVAL, "approved")
+    assert incident.plan == request
+
+
 async def test_where_suggestions_are_only_that_nobody_approves_them(tmp_path: Path) -> None:
     world = await open_world(tmp_path)
     desk = Desk(world, GuardPolicy(approve_suggestions=False))
