@@ -111,8 +111,10 @@ def test_from_alertmanager_to_verified_recovery(
             process.wait()
 
 
-def test_suggests_by_default_and_does_nothing(world: World, agent_of: Callable[..., Agent]) -> None:
-    agent = agent_of("suggested", autonomy="suggest")
+def test_suggests_by_default_and_does_nothing_until_somebody_asks_for_it(
+    world: World, agent_of: Callable[..., Agent]
+) -> None:
+    agent = agent_of("suggested", autonomy="suggest", verify_seconds=20.0)
     agent.start()
     world.broken("suggested")
     assert agent.alert("Broken") == 200
@@ -122,10 +124,19 @@ def test_suggests_by_default_and_does_nothing(world: World, agent_of: Callable[.
     told = agent.command("incidents", incident["id"])
     assert told.returncode == 0
     assert "crash_test.replace" in told.stdout
-    refused = agent.command("approve", incident["id"])
+    refused = agent.command("approve", incident["id"], "--digest", "0" * 32)
     assert refused.returncode != 0
     assert in_state(agent, "suggested")["id"] == incident["id"]
     assert agent.lines("effects") == []
+    asked = agent.command("approve", incident["id"], "--digest", incident["plan"]["digest"])
+    assert asked.returncode == 0, asked.stderr
+    assert in_state(agent, "resolved")["plan"]["autonomy"] == "approve"
+    assert agent.lines("effects") == [incident["id"]]
+    told = agent.command("story", incident["id"], "--json")
+    assert told.returncode == 0, told.stderr
+    export = json.loads(told.stdout)
+    assert export["journal"]["ok"]
+    assert [s["checked"] for s in export["snapshots"].values()] == [True]
 
 
 def test_acts_when_approved_once(world: World, agent_of: Callable[..., Agent]) -> None:
@@ -140,7 +151,8 @@ def test_acts_when_approved_once(world: World, agent_of: Callable[..., Agent]) -
     approved = agent.command("approve", incident["id"])
     assert approved.returncode == 0, approved.stderr
     again = agent.command("approve", incident["id"])
-    assert again.returncode != 0
+    assert again.returncode == 0
+    assert "recorded before" in again.stdout
     in_state(agent, "resolved")
     assert agent.lines("effects") == [incident["id"]]
 
