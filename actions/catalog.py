@@ -1,7 +1,8 @@
 """Actions as data: reads, checks and holds the definitions.
 
 `agent.app` loads the catalogue at start, `agent.cli` lists it, `actions.guard` chooses from it. Definitions come from
-the YAML files beside this module (`packs/*.yaml`) and from directories that the configuration names. A file with any
+the YAML files beside this module (`packs/*.yaml`) and from directories that the configuration names (YAML, and classes
+in Python files, which are read but not executed: `actions.classes`). A file with any
 fault is refused with all of its faults, each with the path of its key. Never runs anything.
 
 The form of a definition is described in docs/actions.md.
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 import yaml
 
+from actions.classes import definitions_of
 from actions.model import Declined, ParamValue, Refusal
 from actions.parameters import (
     ORIGINS,
@@ -185,7 +187,8 @@ def load_catalog(dirs: Sequence[Path] = (), disable: Sequence[str] = ()) -> Cata
     for origin, files in _sources(dirs, faults):
         here: dict[str, ActionDefinition] = {}
         for name, text in files:
-            for definition in _read(text, f"{origin}{name}", faults):
+            read = _read_classes if name.endswith(".py") else _read
+            for definition in read(text, f"{origin}{name}", faults):
                 if definition.name in here:
                     first = here[definition.name].source
                     faults.append(f"{definition.source}.name: {definition.name} is defined in {first} too")
@@ -216,7 +219,7 @@ def _sources(dirs: Sequence[Path], faults: list[str]) -> Iterator[tuple[str, lis
         texts: list[tuple[str, str]] = []
         if not directory.is_dir():
             faults.append(f"{directory}: no such directory")
-        for path in sorted(directory.glob("*.yaml")) if directory.is_dir() else []:
+        for path in sorted([*directory.glob("*.yaml"), *directory.glob("*.py")]) if directory.is_dir() else []:
             try:
                 body = path.read_bytes()
                 if len(body) > MAX_FILE_BYTES:
@@ -260,6 +263,14 @@ def _read(text: str, name: str, faults: list[str]) -> list[ActionDefinition]:
         if definition is not None:
             found.append(definition)
     return found
+
+
+def _read_classes(text: str, name: str, faults: list[str]) -> list[ActionDefinition]:
+    """Actions that are Python classes. The file is named by its absolute path in what runs."""
+    found, wrong = definitions_of(text.encode(), Path(name).absolute())
+    faults += wrong
+    made = (_definition(data, f"{name}: {data.get('name', 'a class')}", faults) for data in found)
+    return [definition for definition in made if definition is not None]
 
 
 class _Keys:

@@ -62,6 +62,7 @@ __all__ = [
     "plan_id",
     "plan_variables",
     "recheck",
+    "rendered",
     "resolve_targets",
     "resources_of",
     "taken",
@@ -355,6 +356,13 @@ def make_step(
         )
     except (ParameterError, KeyError) as error:
         return Declined(reason=Refusal.BAD_PARAMETERS, detail=str(error), action=definition.name)
+
+
+def rendered(
+    template: tuple[str, ...], values: Mapping[str, ParamValue], definition: ActionDefinition
+) -> tuple[str, ...]:
+    """The argv of one of the action's templates. Raises ParameterError and KeyError."""
+    return render(template, values, definition.parameters, _specials())
 
 
 def dry_run(step: Step) -> str:

@@ -124,23 +124,27 @@ def schema() -> Exit:
 
 
 def dry_run(config: Config, name: str, service: str, given: tuple[str, ...], *, as_json: bool) -> Exit:
-    """The exact steps that the action would consist of now, with these parameters."""
+    """The exact steps that the action would consist of now, with these parameters, and what its own `dry_run` command
+    says of each, where it has one."""
     from actions.model import Declined
 
     steps = asyncio.run(_steps(config, name, service, _params(given)))
     if isinstance(steps, Declined):
         detail = f": {steps.detail}" if steps.detail else ""
         raise CommandError(f"{steps.action or name} on {service}: {steps.reason.value}{detail}", "nothing was executed")
+    said = asyncio.run(_tried(config, steps))
     if as_json:
         import msgspec
 
-        emit_json({"steps": [msgspec.to_builtins(s) for s in steps]})
+        emit_json({"steps": [msgspec.to_builtins(s) for s in steps], "dry_run": said})
         return Exit.OK
-    for step in steps:
+    for step, words in zip(steps, said, strict=True):
         say(f"{step.action} on {step.target}" + (f" at {step.host}" if step.host else ""))
         say(f"  run    {shlex.join(step.argv)}")
         say(f"  check  {shlex.join(step.check) if step.check else 'none'}")
         say(f"  undo   {shlex.join(step.undo) if step.undo else 'none'}")
+        if words is not None:
+            say(f"  says   {words}")
     say("nothing was executed")
     return Exit.OK
 
@@ -184,6 +188,26 @@ async def _steps(
             return step
         steps.append(step)
     return tuple(steps)
+
+
+async def _tried(config: Config, steps: tuple[Step, ...]) -> list[str | None]:
+    """What the action's own dry run says of each step; None where it has none. Raises CommandError if it fails."""
+    from actions.guard import describe, rendered
+
+    catalog, run = _catalog(config), _read_only(config)
+    said: list[str | None] = []
+    for step in steps:
+        definition = catalog.get(step.action)
+        if definition is None or not definition.dry_run:
+            said.append(None)
+            continue
+        secrets = {name: os.environ[name] for name in step.environment if name in os.environ}
+        argv = rendered(definition.dry_run, step.params, definition)
+        result = await run(argv, definition.limits, secrets, definition.needs)
+        if not result.ok:
+            raise CommandError(f"the dry run of {step.action} on {step.target}: {describe(result)}")
+        said.append(" ".join(result.stdout.split()))
+    return said
 
 
 def _read_only(config: Config) -> Any:

@@ -198,7 +198,7 @@ REMOTE = [name for name in ACTIONS if not name.startswith(LOCAL)]
 
 @pytest.mark.parametrize("name", REMOTE)
 async def test_the_programs_themselves_execute_nothing(name: str, tmp_path: Path) -> None:
-    """One value of some classes each, seeded; every value of every class in the full run."""
+    """One value of two classes each, seeded; one of every class through every operation in the full run."""
     chosen = random.Random(name).sample(sorted(CORPUS), 2)
     values = [random.Random(name + kind).choice(CORPUS[kind]) for kind in chosen]
     await run_hostile(name, values, ("argv",), tmp_path / "canary")
@@ -206,8 +206,9 @@ async def test_the_programs_themselves_execute_nothing(name: str, tmp_path: Path
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", REMOTE)
-async def test_the_programs_themselves_execute_nothing_of_the_whole_corpus(name: str, tmp_path: Path) -> None:
-    assert await run_hostile(name, ALL, ("resolve", "argv", "check", "undo"), tmp_path / "canary") > 100
+async def test_the_programs_themselves_execute_nothing_of_any_class(name: str, tmp_path: Path) -> None:
+    values = [random.Random(kind + name).choice(strings) for kind, strings in CORPUS.items()]
+    assert await run_hostile(name, values, ("resolve", "argv", "check", "undo"), tmp_path / "canary") >= 5
 
 
 ANY_TEXT = Parameter(name="x", origin="proposal", pattern=r"(?s).*", max_length=4096)
