@@ -39,8 +39,9 @@ LEAST_SECRET = 4  # shorter values are not redacted: they would be found in ever
 SWEEPABLE = re.compile(r"run-(?P<space>\d+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
 
 T = TypeVar("T")
-OPEN, NAMESPACED = Profile(), Profile(namespaced=True)
+OPEN = Profile()  # whose threads give nothing up
 _capability: Capability | None = None
+_tried: set[bool] = set()  # whether what runs with full (False) and with fewer needs depend on has been found out
 
 
 def use(capability: Capability) -> None:
@@ -111,11 +112,11 @@ async def run(
     what = f"sandbox: {argv[0] if argv else 'nothing'!r} not started"
     if protection == "required" and not capability.enforced_by.limits_enforced:
         raise SandboxUnavailable(f"{what}: {capability.reason}")
-    profile = (
-        hardening.profile_for(needs)
-        if not needs.restricted
-        else await _in_thread(lambda: hardening.profile_for(needs), profile=NAMESPACED)
-    )  # in a thread that no filter keeps from trying bubblewrap out
+    if needs.restricted in _tried:
+        profile = hardening.profile_for(needs)
+    else:  # in a thread: finding out what works here starts programs
+        profile = await _in_thread(lambda: hardening.profile_for(needs))
+        _tried.add(needs.restricted)
     if needs.isolation == "required" and not profile.namespaced:
         raise SandboxUnavailable(f"{what}: isolation is required: {namespaces.unavailable() or 'its needs leave none'}")
     hidden = [os.fsencode(text) for text in (*(secrets or {}).values(), *redact) if len(text) >= LEAST_SECRET]
@@ -289,7 +290,11 @@ class _Box:
         return msgspec.structs.replace(self.limits, pids=self.limits.pids + namespaces.OWN_PROCESSES)
 
     def _environment(self, env: Mapping[str, str] | None, workdir: Path) -> dict[str, str]:
-        default = {"PATH": launcher.DEFAULT_PATH, "LANG": "C.UTF-8", "HOME": str(workdir), "TMPDIR": str(workdir)}
+        default = {
+            "PATH": launcher.DEFAULT_PATH,
+            "LANG": "C.UTF-8",
+            **dict.fromkeys(("HOME", "TMPDIR", "PWD"), str(workdir)),
+        }
         cookie = {} if self.capability.root is not None else {processes.COOKIE: self.name}
         return {**default, **(env or {}), **cookie}
 

@@ -1,9 +1,10 @@
 """What a sandboxed program cannot get back: privileges, system calls, capabilities, the view of the host.
 
-Called by `sandbox.launcher` for each start and by health reports. The cheap layers belong to the *thread* that starts a
-program, which inherits them: no_new_privs, the seccomp filter and the capability bounding set cost nothing per run and
-no program in between. So a run is started by a thread that has already given up all that the run must not have; there
-is one pool of threads for each `Profile`. Which layers there are is found out by doing it, and said in every result.
+Called by `sandbox.launcher` for each start and by health reports. The cheap layers (no_new_privs, the seccomp filter,
+the capability bounding set) are system calls that the new process makes before its program begins (`calls`). Where the
+launcher cannot have it do that, the *thread* that starts it gives them up for ever, and the process inherits that
+(`lock_down`); hence one pool of threads for each `Profile`. Which layers there are is found out by doing it, and said
+in every result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox import namespaces, syscalls
+from sandbox import direct, namespaces, syscalls
 from sandbox.model import Layer, Needs
 
 MAX_RUNS = 64
@@ -43,6 +44,7 @@ class Profile:
     inspect: bool = False
     namespaced: bool = False
     own_processes: bool = False
+    locked: bool = False  # by the shell: the thread itself gives up what its children must not have
 
     @property
     def filter(self) -> syscalls.Filter:
@@ -56,7 +58,7 @@ class Profile:
 def profile_for(needs: Needs) -> Profile:
     """The namespace layer is taken where the needs leave something to hold back and it works here."""
     namespaced = needs.restricted and not namespaces.unavailable()
-    return Profile(needs.network, needs.inspect, namespaced, needs.processes == "own")
+    return Profile(needs.network, needs.inspect, namespaced, needs.processes == "own", bool(direct.unavailable()))
 
 
 @functools.cache
@@ -76,7 +78,8 @@ def lock_down(profile: Profile) -> None:
     if _libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"no_new_privs cannot be set: {os.strerror(ctypes.get_errno())}")
     if not profile.namespaced:
-        _drop_capabilities(profile.inspect)
+        for number in dropped(profile):
+            _libc().prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # EINVAL: a kernel that does not have it; EPERM: not ours
         if not syscalls.unavailable():
             syscalls.install(filter_code(profile))
     _thread.profile = profile
@@ -87,14 +90,22 @@ def filter_code(profile: Profile) -> bytes:
     return syscalls.program(profile.filter)
 
 
-def _drop_capabilities(inspect: bool) -> None:
-    """Takes them from the bounding set: a program that root starts gets what is left in it (capabilities(7))."""
-    if os.geteuid() != 0:
-        return
-    for number in _DROPPED.values():
-        if inspect and number == _CAP_SYS_PTRACE:
-            continue
-        _libc().prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # EINVAL: a kernel that does not have it; EPERM: not ours
+def dropped(profile: Profile) -> list[int]:
+    """The capabilities that leave the bounding set: a program that root starts gets what is left (capabilities(7))."""
+    if os.geteuid() != 0 or profile.namespaced:
+        return []
+    return [number for number in _DROPPED.values() if not (profile.inspect and number == _CAP_SYS_PTRACE)]
+
+
+def calls(profile: Profile) -> tuple[list[direct.Call], list[direct.Call]]:
+    """What a program's process itself does to give all that up (`sandbox.direct`): before and after it has become
+    another user."""
+    before = [direct.Call("prctl", (_PR_SET_NO_NEW_PRIVS, 1))]
+    before += [direct.Call("prctl", (_PR_CAPBSET_DROP, number), direct.MAY_FAIL) for number in dropped(profile)]
+    after = []
+    if not profile.namespaced and not syscalls.unavailable():
+        after.append(direct.Call("prctl", (22, 2, syscalls.prepared(filter_code(profile)))))  # PR_SET_SECCOMP, filter
+    return before, after
 
 
 def layers(profile: Profile, *, leaf: bool, limited: bool, changed_user: bool) -> tuple[Layer, ...]:

@@ -1,10 +1,10 @@
 """Starting one program so that its first instruction runs inside its limits.
 
-Called by `sandbox.execution` in a thread of `hardening.threads()`. A `preexec_fn` would do it too, but makes Python
-fork instead of vfork: 27 ms a start with a 500 MB parent. So a fixed shell script enters the leaf, sets the rlimits and
-execs the program; all it gets arrives as positional parameters, which the shell passes on without reading them.
-What a thread can give up for its children (`hardening.lock_down`) costs no program at all. Only another user and the
-namespace layer put a program in between: setpriv and bubblewrap.
+Called by `sandbox.execution` in a thread of `hardening.threads()`. Where it can (`sandbox.direct`), the new process is
+cloned into its leaf and makes the system calls that hold it before it executes the program: nothing is in between.
+Elsewhere a fixed shell script enters the leaf, sets the rlimits and execs the program; all it gets arrives as
+positional parameters, which the shell passes on without reading them. A `preexec_fn` would do it too, but makes Python
+fork instead of vfork: 27 ms a start with a 500 MB parent. The namespace layer puts bubblewrap in between, either way.
 
 Never parses a command, never looks at what a program is for, and never lets a descriptor through but 0, 1, 2 and those
 of its secrets.
@@ -13,6 +13,8 @@ of its secrets.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import grp
 import os
 import pwd
@@ -20,12 +22,14 @@ import re
 import resource
 import secrets
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sandbox import hardening, namespaces
+from sandbox import direct, hardening, namespaces
+from sandbox.direct import Call
 from sandbox.hardening import Profile
 from sandbox.model import Limits, Needs
 
@@ -42,6 +46,7 @@ ulimit -c 0 && ulimit -n "$3" && ulimit -f "$4" && ulimit -v "$5" && ulimit -t "
 shift 6
 exec "$@"
 """
+_UNLIMITED = 2**64 - 1
 EXEC_ONLY = 'exec "$@"'  # behind setpriv, for its error messages to begin with the secret as well
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -80,7 +85,7 @@ class Started:
     """A running child. The pipes are non-blocking read ends; `pidfd` becomes readable when it exits (Linux 5.3).
     `status`: what bubblewrap tells, -1 for a run without it."""
 
-    process: subprocess.Popen[bytes]
+    process: Child | subprocess.Popen[bytes]
     pidfd: int
     stdout: int
     stderr: int
@@ -188,43 +193,111 @@ def spawn(
     Raises CannotStart or OSError. What the launcher itself cannot do is said on the child's stderr (`launch_error`).
     """
     profile = profile or Profile()
-    hardening.lock_down(profile)
-    secret = secrets.token_hex(8)
-    argv = [SHELL, "-c", SCRIPT, secret, str(procs or ""), _oom_score(), *_rlimits(limits, controllers)]
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as kept:
         (out, stdout), (err, stderr) = (_pipe(kept, ours) for _ in range(2))
-        status, passed = -1, list[int]()
+        status, passed, prefix = -1, list[int](), list[str]()
         env = {**command.env, **_secret_files(command, passed, ours)}
         if profile.namespaced:
             status, told = _pipe(kept, ours)
             rules = _memory_file("seccomp", hardening.filter_code(profile), ours)
             passed += [told, rules]
-            argv += namespaces.arguments(
+            prefix = namespaces.arguments(
                 namespaces.bubblewrap(), command.needs, limits, str(workdir), seccomp=rules, status=told,
                 identity=command.identity is not None,
             )  # fmt: skip
-        argv += _become(command.identity)
-        if command.identity is not None and not profile.namespaced:
-            argv += [SHELL, "-c", EXEC_ONLY, secret]
-        process = subprocess.Popen(
-            [*argv, *command.argv],
-            stdin=_stdin(command.stdin, ours),
-            stdout=stdout,
-            stderr=stderr,
-            env=env,
-            cwd=workdir,
-            umask=0o022,
-            start_new_session=True,
-            pass_fds=passed,
-        )
-        try:
-            pidfd = os.pidfd_open(process.pid)
-        except OSError as x:
-            process.kill()
-            process.wait()
-            raise CannotStart(f"pidfd_open: {x.strerror} (Linux 5.3 or newer is needed)") from x
+            prefix += _become(command.identity)
+        where = _Where(workdir, procs, _rlimits(limits, controllers), (_stdin(command.stdin, ours), stdout, stderr))
+        if profile.locked:
+            process: Child | subprocess.Popen[bytes]
+            process, pidfd, secret = _by_shell(command, profile, where, env, prefix, passed)
+        else:
+            process = _directly(command, profile, where, env, prefix, passed)
+            pidfd, secret = process.pidfd, ""
         kept.pop_all()
         return Started(process, pidfd, out, err, secret, status)
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """What a process starts with: directory, the leaf's cgroup.procs, rlimits by kind, descriptors 0 to 2."""
+
+    workdir: Path
+    procs: Path | None
+    rlimits: dict[int, int]
+    streams: tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class Child:
+    """A process started directly. `returncode` is set by who reaps it."""
+
+    pid: int
+    pidfd: int
+    returncode: int | None = None
+
+
+def _directly(
+    command: Command, profile: Profile, where: _Where, env: dict[str, str], prefix: list[str], passed: list[int]
+) -> Child:
+    """By `sandbox.direct`: in its leaf from its first instruction, and nothing in between but `prefix`."""
+    before, after = hardening.calls(profile)
+    calls = list(before)
+    if score := _oom_score():
+        calls.append(Call("open", (direct.text("/proc/self/oom_score_adj"), os.O_WRONLY)))
+        calls.append(Call("write", (0, direct.text(score), len(score)), direct.RESULT_FIRST))
+    default = (ctypes.c_uint64 * 4)()  # struct kernel_sigaction of SIG_DFL: Python ignores these two
+    calls += [Call("rt_sigaction", (number, default, 0, 8)) for number in (signal.SIGPIPE, signal.SIGXFSZ)]
+    calls += [Call("dup3", (fd, to, 0)) for to, fd in enumerate(where.streams)]
+    calls.append(Call("close_range", (3, 0xFFFFFFFF, 4)))  # CLOSE_RANGE_CLOEXEC
+    calls += [Call("fcntl", (fd, 2, 0)) for fd in passed]  # F_SETFD: these stay open
+    calls += [Call("setsid"), Call("chdir", (direct.text(str(where.workdir)),)), Call("umask", (0o022,))]
+    for kind, value in where.rlimits.items():
+        calls.append(Call("prlimit64", (0, kind, (ctypes.c_uint64 * 2)(value & _UNLIMITED, value & _UNLIMITED), 0)))
+    if command.identity is not None and not profile.namespaced:
+        user, group, groups = command.identity.uid, command.identity.gid, command.identity.groups
+        calls.append(Call("setgroups", (len(groups), (ctypes.c_uint32 * len(groups))(*groups))))
+        calls += [Call("setresgid", (group,) * 3), Call("setresuid", (user,) * 3)]
+    argv = [*prefix, *command.argv]
+    calls += [*after, direct.unmask(), direct.execute(argv, env)]
+    cgroup = None if where.procs is None else os.open(where.procs.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return Child(*direct.start(calls, cgroup))
+    except direct.Failed as x:
+        what = repr(argv[0]) if x.call == "execve" else x.call
+        hint = " (it, or the interpreter in its first line, is not found)" if x.number == errno.ENOENT else ""
+        raise CannotStart(f"{what}: {os.strerror(x.number)}{hint}") from x
+    finally:
+        if cgroup is not None:
+            os.close(cgroup)
+
+
+def _by_shell(
+    command: Command, profile: Profile, where: _Where, env: dict[str, str], prefix: list[str], passed: list[int]
+) -> tuple[subprocess.Popen[bytes], int, str]:
+    """By SCRIPT, in a thread that has given up what the program must not have."""
+    hardening.lock_down(profile)
+    secret = secrets.token_hex(8)
+    argv = [SHELL, "-c", SCRIPT, secret, str(where.procs or ""), _oom_score(), *_ulimits(where.rlimits), *prefix]
+    if command.identity is not None and not profile.namespaced:
+        argv += [*_become(command.identity), SHELL, "-c", EXEC_ONLY, secret]
+    stdin, stdout, stderr = where.streams
+    process = subprocess.Popen(
+        [*argv, *command.argv],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env=env,
+        cwd=where.workdir,
+        umask=0o022,
+        start_new_session=True,
+        pass_fds=passed,
+    )
+    try:
+        return process, os.pidfd_open(process.pid), secret
+    except OSError as x:
+        process.kill()
+        process.wait()
+        raise CannotStart(f"pidfd_open: {x.strerror} (Linux 5.3 or newer is needed)") from x
 
 
 def _secret_files(command: Command, passed: list[int], ours: contextlib.ExitStack) -> dict[str, str]:
@@ -283,28 +356,29 @@ def _oom_score() -> str:
         return ""
 
 
-def _rlimits(limits: Limits, controllers: frozenset[str]) -> list[str]:
-    """Open files, file size (512-byte blocks), address space (KiB) and CPU seconds, as ulimit takes them.
+def _rlimits(limits: Limits, controllers: frozenset[str]) -> dict[int, int]:
+    """By kind of resource(7): no core dump, open files, file size, address space and CPU seconds.
 
     Address space and CPU time stand in for controllers that are missing. CPU seconds: what `cpu.max` would have let the
     program use before its timeout. None is above our own hard limit, which an unprivileged agent could not exceed.
     """
-    address = "unlimited" if "memory" in controllers else str(limits.memory_bytes * ADDRESS_SPACE_FACTOR // 1024)
     share = limits.cpu_quota_us / limits.cpu_period_us
-    seconds = "unlimited" if "cpu" in controllers else str(int(limits.timeout_seconds * share) + 2)
-    return [
-        _below(str(limits.open_files), resource.RLIMIT_NOFILE, 1),
-        _below(str(-(-limits.file_bytes // 512)), resource.RLIMIT_FSIZE, 512),
-        _below(address, resource.RLIMIT_AS, 1024),
-        _below(seconds, resource.RLIMIT_CPU, 1),
-    ]
+    wanted = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: limits.open_files,
+        resource.RLIMIT_FSIZE: limits.file_bytes,
+        resource.RLIMIT_AS: -1 if "memory" in controllers else limits.memory_bytes * ADDRESS_SPACE_FACTOR,
+        resource.RLIMIT_CPU: -1 if "cpu" in controllers else int(limits.timeout_seconds * share) + 2,
+    }
+    hard = {kind: resource.getrlimit(kind)[1] for kind in wanted}
+    return {kind: hard[kind] if value < 0 else value if hard[kind] < 0 else min(value, hard[kind])
+            for kind, value in wanted.items()}  # fmt: skip
 
 
-def _below(wanted: str, kind: int, unit: int) -> str:
-    hard = resource.getrlimit(kind)[1]
-    if hard == resource.RLIM_INFINITY:
-        return wanted
-    return str(hard // unit if wanted == "unlimited" else min(int(wanted), hard // unit))
+def _ulimits(rlimits: dict[int, int]) -> list[str]:
+    """As the shell takes them: files by 512 bytes, address space by 1024."""
+    units = {resource.RLIMIT_NOFILE: 1, resource.RLIMIT_FSIZE: 512, resource.RLIMIT_AS: 1024, resource.RLIMIT_CPU: 1}
+    return ["unlimited" if rlimits[kind] < 0 else str(max(1, rlimits[kind] // unit)) for kind, unit in units.items()]
 
 
 def _become(identity: Identity | None) -> list[str]:

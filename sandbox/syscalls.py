@@ -120,14 +120,21 @@ def program(what: Filter) -> bytes:
     return b"".join([*code, _step(_RETURN, _ALLOW)])
 
 
+class _Program(ctypes.Structure):
+    """struct sock_fprog of linux/filter.h."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def prepared(code: bytes) -> ctypes.Structure:
+    """The filter as prctl(2) takes it by address."""
+    return _Program(len(code) // 8, code)
+
+
 def install(code: bytes) -> None:
     """Puts the filter on this thread and all that it will start, for ever. no_new_privs must be set. OSError if not."""
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
     libc = ctypes.CDLL(None, use_errno=True)
-    given = Program(len(code) // 8, code)
+    given = prepared(code)
     if libc.prctl(22, 2, ctypes.byref(given), 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER: this thread alone
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp filter not taken: {os.strerror(number)}")

@@ -10,6 +10,7 @@ import pytest
 from sandbox_traces import HERE, TABLE, UNHELD
 
 import sandbox
+from sandbox import direct
 from sandbox.cgroup import Leaf
 
 
@@ -36,10 +37,13 @@ def held() -> Iterator[sandbox.Capability]:
     sandbox.use(HERE)
 
 
-@pytest.fixture(params=["native", "rlimits"])
-def each_mode(request: pytest.FixtureRequest) -> sandbox.Capability:
-    """The test runs with what this host offers, and with nothing but rlimits."""
-    capability = HERE if request.param == "native" else UNHELD
+@pytest.fixture(params=["native", "shell", "rlimits"])
+def each_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> sandbox.Capability:
+    """The test runs with what this host offers, with that where programs are started by the shell script, and with
+    nothing but rlimits."""
+    capability = UNHELD if request.param == "rlimits" else HERE
+    if request.param == "shell":
+        monkeypatch.setattr(direct, "unavailable", lambda: "the test took it away")
     sandbox.use(capability)
     return capability
 

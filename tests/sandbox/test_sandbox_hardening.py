@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import signal
 import struct
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sandbox
-from sandbox import Layer, Limits, Needs, execution, hardening, namespaces, run, syscalls
+from sandbox import Layer, Limits, Needs, direct, execution, hardening, namespaces, run, syscalls
 from sandbox.hardening import Profile
 
 ROOMY = Limits(timeout_seconds=60, memory_bytes=512 << 20)
@@ -213,3 +217,60 @@ def test_layers_name_what_holds() -> None:
 def test_absent_layers_give_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls.platform, "machine", lambda: "riscv64")
     assert sandbox.absent_layers()["seccomp"] == "no table of system calls for riscv64"
+
+
+needs_direct = pytest.mark.skipif(bool(direct.unavailable()), reason=direct.unavailable() or "-")
+
+
+@needs_direct
+def test_the_machine_code_is_what_its_comment_says(tmp_path: Path, program: Callable[..., str]) -> None:
+    """Assembled from the comment above it, byte for byte."""
+    source = Path(direct.__file__).read_text()
+    comment = source[source.index("# int64 start(") : source.index("_CODE = ")]
+    lines = [".intel_syntax noprefix"]
+    for line in comment.splitlines()[1:]:
+        statements = line.removeprefix("#").split("   ")[0 if line.startswith("# ") and line[2] != " " else 1]
+        lines += [part.strip() for part in statements.replace(": ", ":;").split(";") if part.strip()]
+    lines = [line for line in lines if not line.startswith("The child never")]
+    (tmp_path / "code.s").write_text("\n".join(lines) + "\n")
+    assemble = [program("as", "binutils"), str(tmp_path / "code.s"), "-o", str(tmp_path / "code.o")]
+    done = subprocess.run(assemble, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    copy = [program("objcopy", "binutils"), "-O", "binary", "-j", ".text", tmp_path / "code.o", tmp_path / "code"]
+    subprocess.run(copy, check=True)
+    assert (tmp_path / "code").read_bytes() == direct._CODE
+
+
+@needs_direct
+def test_a_call_that_fails_is_named_and_leaves_no_child() -> None:
+    bad = [direct.Call("chdir", (direct.text("/no/such/directory"),)), direct.execute(["/bin/true"], {})]
+    with pytest.raises(direct.Failed, match=r"chdir: No such file") as caught:
+        direct.start(bad, None)
+    assert (caught.value.call, caught.value.number) == ("chdir", errno.ENOENT)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    forgiving = [direct.Call("chdir", (direct.text("/no/such/directory"),), direct.MAY_FAIL)]
+    execute = direct.execute(["/bin/sh", "-c", "exit $X"], {"X": "7"})
+    pid, pidfd = direct.start([*forgiving, direct.unmask(), execute], None)
+    os.close(pidfd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@needs_direct
+async def test_many_threads_start_programs_while_signals_arrive() -> None:
+    """A signal handler that ran in a child on our stack would break us: none does."""
+    seen = 0
+
+    def count(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+
+    before = signal.signal(signal.SIGALRM, count)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        results = await asyncio.gather(*(run(["/bin/sh", "-c", f"echo {i}"], ROOMY) for i in range(100)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [r.stdout for r in results] == [f"{i}\n" for i in range(100)]
+    assert seen > 0

@@ -104,9 +104,9 @@ async def test_a_launcher_that_finds_no_leaf_never_starts_the_program(tmp_path: 
     """The agent dies right after the spawn, the next one kills the leaf: the launcher, late, must give up."""
     command = launcher.check(["touch", str(tmp_path / "ran")], {}, "", b"")
     procs = node / "run-gone" / "cgroup.procs"
-    late = hardening.threads(hardening.Profile()).submit(
-        launcher.spawn, command, Limits(), tmp_path, procs, frozenset()
-    )
+    by_shell = hardening.Profile(locked=True)
+    threads = hardening.threads(by_shell)
+    late = threads.submit(launcher.spawn, command, Limits(), tmp_path, procs, frozenset(), by_shell)
     started = await asyncio.wrap_future(late)
     try:
         assert started.process.wait(20) == 125
@@ -115,6 +115,8 @@ async def test_a_launcher_that_finds_no_leaf_never_starts_the_program(tmp_path: 
     finally:
         for fd in (started.pidfd, started.stdout, started.stderr):
             os.close(fd)
+    with pytest.raises(FileNotFoundError, match="run-gone"):
+        launcher.spawn(command, Limits(), tmp_path, procs, frozenset())
     assert not (tmp_path / "ran").exists()
 
 
