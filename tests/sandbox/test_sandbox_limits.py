@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from sandbox_traces import HERE, alive, remains, until
 
@@ -239,17 +240,20 @@ found = sandbox.probe(*sys.argv[1:])
 sandbox.use(found)
 result = asyncio.run(sandbox.run(["cat", "/proc/self/cgroup"], sandbox.Limits(timeout_seconds=60)))
 print(found.enforced_by.value, found.root, result.stdout.strip(), result.error, found.reason, sep="|")
+alone = sandbox.Needs(network="none", processes="own", write=())
+held = asyncio.run(sandbox.run(["/bin/true"], sandbox.Limits(timeout_seconds=60), needs=alone))
 again = sandbox.probe(*sys.argv[1:])
 print(again.enforced_by.value, again.root, open("/proc/self/cgroup").read().strip(), "", again.reason, sep="|")
+print(held.exit_code, held.error, *held.layers, sep="|")
 """
 
 
-def inside(tree: Path, wrapper: list[str], *arguments: str) -> list[list[str]]:
-    """PROBING, run by a process that is in `tree` from the start; its two lines, split."""
+def inside(tree: Path, wrapper: list[str], *arguments: str, python: str = "", path: str = "") -> list[list[str]]:
+    """PROBING, run by a process that is in `tree` from the start; its lines, split."""
     enter = ["/bin/sh", "-c", 'echo 0 > "$1/cgroup.procs" && shift && exec "$@"', "sh", str(tree)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [*enter, *wrapper, sys.executable, "-c", PROBING, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    env = {**os.environ, "PYTHONPATH": path or str(Path(__file__).parents[2])}
+    command = [*enter, *wrapper, python or sys.executable, "-c", PROBING, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd="/")
     assert done.returncode == 0, done.stderr
     return [line.split("|") for line in done.stdout.splitlines()]
 
@@ -258,7 +262,7 @@ def test_a_delegated_tree_is_used_and_its_processes_make_room(tree: Path) -> Non
     os.setxattr(tree, "trusted.delegate", b"1")  # as systemd marks it
     bystander = subprocess.Popen(["/bin/sh", "-c", 'echo 0 > "$1/cgroup.procs"; exec sleep 1000', "sh", str(tree)])
     try:
-        first, second = inside(tree, [])
+        first, second, _ = inside(tree, [])
         assert first[:2] == ["cgroup2", f"{tree}/alertmedic"], first
         assert first[2].startswith(f"0::/{tree.name}/alertmedic/run-")
         assert second[:3] == ["cgroup2", f"{tree}/alertmedic", f"0::/{tree.name}/alertmedic-agent"], second
@@ -293,7 +297,7 @@ async def test_all_runs_together_have_limits_too(tree: Path) -> None:
 def test_a_container_with_its_own_cgroup_namespace(tree: Path) -> None:
     """A pod with a writable cgroup: its namespace's root is not the real one, and its processes are in it."""
     remount = 'umount /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec "$@"'
-    first, second = inside(tree, ["unshare", "--cgroup", "--mount", "/bin/sh", "-c", remount, "sh"])
+    first, second, _ = inside(tree, ["unshare", "--cgroup", "--mount", "/bin/sh", "-c", remount, "sh"])
     assert first[:2] == ["cgroup2", "/sys/fs/cgroup/alertmedic"], first
     assert first[2].startswith("0::/alertmedic/run-")
     assert second[:3] == ["cgroup2", "/sys/fs/cgroup/alertmedic", "0::/alertmedic-agent"], second
@@ -301,22 +305,42 @@ def test_a_container_with_its_own_cgroup_namespace(tree: Path) -> None:
 
 def test_a_container_with_a_read_only_cgroup_says_what_to_do(tree: Path) -> None:
     remount = 'umount /sys/fs/cgroup && mount -t cgroup2 -o ro none /sys/fs/cgroup && exec "$@"'
-    first, _ = inside(tree, ["unshare", "--cgroup", "--mount", "/bin/sh", "-c", remount, "sh"])
+    first, *_ = inside(tree, ["unshare", "--cgroup", "--mount", "/bin/sh", "-c", remount, "sh"])
     assert first[:2] == ["rlimits", "None"], first
     assert "Read-only file system" in first[4]
     assert "Delegate=yes" in first[4]
     assert "cgroup_writable" in first[4]
 
 
-def test_an_unprivileged_agent_in_a_tree_chowned_to_it(tree: Path) -> None:
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    if subprocess.run([*nobody, sys.executable, "-c", "import msgspec"], capture_output=True).returncode != 0:
-        pytest.skip(f"user nobody cannot read {sys.executable}")
-    for path in (tree, *(tree / n for n in ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control"))):
-        shutil.chown(path, 65534, 65534)
-    first, second = inside(tree, nobody)
+@pytest.fixture
+def everybodys() -> Iterator[tuple[str, str]]:
+    """A Python that user nobody can run, and a directory with all it needs: the tests' own may be root's alone."""
+    directory = Path(f"/var/tmp/everybodys-{os.getpid()}")
+    directory.mkdir()
+    shutil.copytree(Path(sandbox.__file__).parent, directory / "sandbox")
+    site = Path(msgspec.__file__).parents[1]
+    for name in ("msgspec", "cgroupspy", "psutil"):
+        shutil.copytree(site / name, directory / name)
+    subprocess.run(["chmod", "-R", "a+rX", str(directory)], check=True)
+    yield "/usr/bin/python3", str(directory)
+    shutil.rmtree(directory)
+
+
+def test_an_unprivileged_agent_in_a_tree_chowned_to_it(tree: Path, everybodys: tuple[str, str]) -> None:
+    """What systemd does for a unit with `User=` and `Delegate=`, and what a pod's image has to."""
+    python, path = everybodys
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
+    trial = [*nobody, "env", f"PYTHONPATH={path}", python, "-c", "import sandbox"]
+    if (done := subprocess.run(trial, capture_output=True, text=True, cwd="/")).returncode != 0:
+        pytest.skip(f"{python} cannot run the sandbox as user nobody: {done.stderr[-300:]}")
+    for file in (tree, *(tree / n for n in ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control"))):
+        shutil.chown(file, 65534, 65534)
+    first, second, held = inside(tree, nobody, python=python, path=path)
     assert first[:2] == ["cgroup2", f"{tree}/alertmedic"], first
+    assert first[2].startswith(f"0::/{tree.name}/alertmedic/run-"), first
     assert second[:3] == ["cgroup2", f"{tree}/alertmedic", f"0::/{tree.name}/alertmedic-agent"], second
+    assert held[:2] == ["0", ""], held
+    assert {"cgroup", "namespaces", "seccomp"} <= set(held[2:]), held
 
 
 def test_a_tree_without_the_cpu_controller_is_not_called_enforced(tree: Path) -> None:
