@@ -20,7 +20,7 @@ install: .venv/installed ## the command, in .venv/bin/alertmedic
 	@tools/make-venv requirements.lock
 	@touch $@
 
-.venv/installed-dev: requirements-dev.lock pyproject.toml
+.venv/installed-dev: requirements-dev.lock requirements-durable.lock pyproject.toml
 	@tools/make-venv requirements-dev.lock
 	@touch .venv/installed $@
 

@@ -28,6 +28,7 @@ from actions.model import BreakerState
 from agent import __version__, log
 from agent.config import Config
 from agent.downstream import Downstream
+from agent.engines import engine_of
 from agent.expressions import Expressions, rules_of
 from agent.http.auth import Credential, Guard
 from agent.http.server import Options, Serving, build_app
@@ -137,6 +138,9 @@ async def running(config: Config) -> AsyncIterator[App]:
                 # Alerts are safe before anybody can say what they mean: reading the packs keeps no sender waiting.
                 packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disable, config.packs.model)
                 situations.packs = verifier.packs = investigation.packs = learning.base = packs
+                investigation.engine = engine_of(config.packs.engine, packs)
+                if investigation.engine is not None:
+                    stack.callback(investigation.engine.close)
                 calm_collector()
                 app.begin()
                 yield app

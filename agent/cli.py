@@ -53,13 +53,24 @@ def _expected() -> tuple[type[Exception], ...]:
     so that the imports cost nothing."""
     from actions.catalog import CatalogError
     from agent.config import ConfigError
+    from agent.engines import EngineError
     from agent.fold_state import StateError
     from agent.journal.files import JournalError
     from agent.topology import TopologyError
     from agent.tracing import TracingError
     from rules.packs import PackError
 
-    return ConfigError, JournalError, StateError, PackError, CatalogError, TopologyError, TracingError, OSError
+    return (
+        ConfigError,
+        EngineError,
+        JournalError,
+        StateError,
+        PackError,
+        CatalogError,
+        TopologyError,
+        TracingError,
+        OSError,
+    )
 
 
 def _told(error: Exception) -> int:

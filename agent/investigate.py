@@ -26,6 +26,7 @@ from actions.model import Declined, Plan, Refusal
 from actions.runner import PlanOutcome
 from agent import log
 from agent.config import Config
+from agent.engines import Engine, matched
 from agent.fold_model import FINAL, Incident, IncidentState
 from agent.fold_story import plain
 from agent.journal.records import Diagnosed, IncidentMoved, Noted, PlanDeclined, PlanMade, Record
@@ -86,6 +87,7 @@ class Investigation:
     wake: Callable[[str, float], None]  # look at the incident again at that time
     clock: Callable[[], float] = time.time
     learning: Learning | None = None  # None: only the shipped model ranks
+    engine: Engine | None = None  # None: the built-in one
     acting: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _cancel: dict[str, asyncio.Event] = field(default_factory=dict)
     _interruptions: dict[str, int] = field(default_factory=dict)
@@ -322,7 +324,7 @@ class Investigation:
 
     def _rank(self, situation: Situation, packs: PackSet) -> Ranked:
         """Pure work, off the loop. The justification is the best hypothesis', or the symptom's alone."""
-        observer = observe(situation, packs)
+        observer = matched(observe(situation, packs), self.engine)
         diagnosis = conclude(observer)
         best = diagnosis.best
         justified = symptoms_of(situation, packs) if best is None else justification_of(situation, best, packs)

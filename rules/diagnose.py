@@ -224,7 +224,10 @@ def _fire(observer: Observer, matcher: Matcher) -> tuple[dict[tuple[str, str], t
     packs = observer.packs
     supports: dict[tuple[str, str], set[str]] = {}
     pruned: set[tuple[str, str]] = set()
-    for fired in matcher.match(records_of(observer.graph, observer.findings, observer.facts())):
+    found = observer.fired
+    if found is None:
+        found = matcher.match(records_of(observer.graph, observer.findings, observer.facts()))
+    for fired in found:
         then = packs.rules[fired.rule].then
         service = fired.value(then.service) if then.service.startswith("$") else then.service
         if not isinstance(service, str):

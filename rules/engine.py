@@ -119,7 +119,7 @@ def records_of(
 
 
 @dataclass(frozen=True)
-class _Compiled:
+class CompiledPattern:
     """A pattern split into tests on one record and variables to bind."""
 
     kind: str
@@ -127,7 +127,7 @@ class _Compiled:
     variables: tuple[tuple[str, str], ...]  # (field, $name)
 
     @classmethod
-    def of(cls, pattern: Pattern) -> _Compiled:
+    def of(cls, pattern: Pattern) -> CompiledPattern:
         variables = {k: v for k, v in pattern.where.items() if isinstance(v, str) and v.startswith("$")}
         tests = {k: v for k, v in pattern.where.items() if k not in variables}
         if pattern.match == "finding" and tests.get("state") == "bad":
@@ -140,21 +140,21 @@ class Matcher:
     """Rules compiled for matching; build once a pack set."""
 
     rules: Mapping[str, Rule]
-    _compiled: dict[str, tuple[_Compiled, ...]] = field(init=False, repr=False)
+    patterns: dict[str, tuple[CompiledPattern, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        compiled = {name: tuple(_Compiled.of(p) for p in rule.when) for name, rule in self.rules.items()}
-        object.__setattr__(self, "_compiled", compiled)
+        compiled = {name: tuple(CompiledPattern.of(p) for p in rule.when) for name, rule in self.rules.items()}
+        object.__setattr__(self, "patterns", compiled)
 
     def match(self, records: Mapping[str, Sequence[Record]]) -> tuple[Fired, ...]:
         """Every match of every rule, ordered by rule and variables. The order of records does not matter as long as no
         rule exceeds MAX_BINDINGS."""
         indexes: dict[tuple[str, str], dict[Scalar, list[Record]]] = {}
         fired: set[Fired] = set()
-        for name, patterns in self._compiled.items():
+        for name, patterns in self.patterns.items():
             bindings: list[dict[str, Scalar]] = [{}]
             for pattern in patterns:
-                bindings = _join(bindings, pattern, _select(pattern, records, indexes))
+                bindings = _join(bindings, pattern, select(pattern, records, indexes))
                 if not bindings:
                     break
             fired.update(Fired(name, tuple(sorted(b.items()))) for b in bindings)
@@ -183,8 +183,8 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def _select(
-    pattern: _Compiled,
+def select(
+    pattern: CompiledPattern,
     records: Mapping[str, Sequence[Record]],
     indexes: dict[tuple[str, str], dict[Scalar, list[Record]]],
 ) -> list[Record]:
@@ -204,7 +204,9 @@ def _select(
     return [r for r in pool if all(holds(condition, r.get(name)) for name, condition in tests)]
 
 
-def _join(bindings: list[dict[str, Scalar]], pattern: _Compiled, selected: list[Record]) -> list[dict[str, Scalar]]:
+def _join(
+    bindings: list[dict[str, Scalar]], pattern: CompiledPattern, selected: list[Record]
+) -> list[dict[str, Scalar]]:
     """Extends each binding by each record that agrees with it on the variables both know."""
     bound = set(bindings[0])
     shared = [(f, v) for f, v in pattern.variables if v in bound]

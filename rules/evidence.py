@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rules.engine import Graph, Record, holds
+from rules.engine import Fired, Graph, Record, holds
 from rules.features import Finding
 from rules.model import Fact, Situation
 from rules.packs import Condition, FactTest, PackSet, Scalar, Signal, State
@@ -40,6 +40,7 @@ class Observer:
     packs: PackSet
     findings: Sequence[Finding]
     graph: Graph
+    fired: tuple[Fired, ...] | None = None  # what another engine made of the rules; None: ours is asked
     _by_service: dict[tuple[str, str], list[Finding]] = field(default_factory=dict, repr=False)
     _by_peer: dict[tuple[str, str], list[Finding]] = field(default_factory=dict, repr=False)
     _known: dict[tuple[str, str, str], Observation] = field(default_factory=dict, repr=False)
