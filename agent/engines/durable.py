@@ -67,6 +67,7 @@ class Durable:
         try:
             found = {self._fired(name, [facts[at] for at in places]) for name, places in answer["matches"]}
         except (KeyError, IndexError, TypeError, ValueError) as error:
+            self.close()  # what it says next may be the answer to this
             raise EngineError(f"durable-rules: an answer that is none ({error!r})") from error
         return tuple(sorted(found, key=lambda f: (f.rule, str(f.binding))))
 
