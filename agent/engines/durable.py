@@ -169,6 +169,8 @@ class Durable:
         """What became of the child, and its end."""
         child = self._child
         self._end()
+        if isinstance(error, ValueError):
+            return f"its process answered nonsense ({error})"
         code = child.returncode if child is not None else None
         if code is not None and code < 0:
             return f"its process was ended by signal {-code} (or took more than {self._seconds:g} s)"
