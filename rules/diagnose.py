@@ -243,7 +243,8 @@ def _leads(
     observer: Observer, model: Model, pairs: list[tuple[str, int]], parts: FloatArray, chosen: list[int]
 ) -> dict[int, Lead]:
     """Who moved first: each candidate by the leading series of its defining evidence, against the alerting service."""
-    clock, found = Clock(observer), {}
+    clock = Clock(observer)
+    found: dict[int, Lead] = {}
     for i in chosen:
         service, row = pairs[i]
         if service == observer.graph.entry:
