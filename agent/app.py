@@ -47,6 +47,8 @@ from agent.schedule import Schedule
 from agent.situation import Situations
 from agent.sources import Source
 from agent.sources.host import HostSource
+from agent.sources.kubernetes import KubernetesSource
+from agent.sources.kubernetes_cache import Cache, Connection
 from agent.sources.prometheus import Prometheus, PrometheusSource
 from agent.store import Store
 from agent.telemetry import Telemetry
@@ -112,6 +114,9 @@ async def running(config: Config) -> AsyncIterator[App]:
         async with contextlib.AsyncExitStack() as stack:
             downstream = Downstream(store)
             sources: list[Source] = [HostSource(config.inventory_strings)]
+            if config.kubernetes.enabled and config.kubernetes.evidence:
+                cache = Cache(_api_server(config), config.kubernetes.namespaces, nodes=config.kubernetes.nodes)
+                sources.append(KubernetesSource(await stack.enter_async_context(cache)))
             discover = ask = None
             expressions = Expressions()
             if config.prometheus.url:
@@ -179,6 +184,17 @@ def prometheus_of(config: Config) -> Prometheus:
         tenant_header=section.tenant_header,
         tenant=section.tenant,
         parameters=dict(section.parameters),
+    )
+
+
+def _api_server(config: Config) -> Connection:
+    section = config.kubernetes
+    return Connection(
+        url=section.api,
+        token_file=section.token_file,
+        ca_file=section.ca_file,
+        timeout_seconds=section.timeout_seconds,
+        max_objects=section.max_objects,
     )
 
 

@@ -19,9 +19,10 @@ from agent.expressions import Expressions, Told
 from agent.fold_model import Incident
 from agent.fold_state import State
 from agent.sources import Budget, EvidenceRequest, Source, bounded, gather
+from agent.sources.kubernetes import EVIDENCE as OBJECTS
 from rules.expression import ExpressionError, read
 from rules.model import Alert, Evidence, Fact, Situation, Topology
-from rules.packs import PackSet
+from rules.packs import EvidenceQuery, PackSet
 from rules.subjects import EXPRESSION_FACT, entry_of, kind_of, subject_of
 
 DISCOVERY_SECONDS = 300.0  # how long a topology that was read from metrics is believed
@@ -170,6 +171,9 @@ class Situations:
         queries = [q for q in self.packs.asked(about.causes) if names is None or q.name in names]
         if kind_of(entry) and not services:  # no service is involved, so nothing is asked of services
             queries = [q for q in queries if "$alert(" in q.query]
+        if names is None and any(source.name == "kubernetes" for source in self.sources):
+            known = {q.name for q in queries}
+            queries += [] if OBJECTS in known else [EvidenceQuery(name=OBJECTS, query="", source="kubernetes")]
         prometheus = self.config.prometheus
         request = EvidenceRequest(
             queries=tuple(queries),

@@ -72,6 +72,19 @@ EDGE_QUERIES = (
         "server_address",
         "db_system_name",
     ),
+    # Service meshes on Kubernetes: Istio and Linkerd tell both ends of every call.
+    EdgeQuery(
+        "group by (source_canonical_service, destination_canonical_service) (last_over_time(istio_requests_total"
+        '{source_canonical_service!="unknown", destination_canonical_service!="unknown"}[10m]))',
+        "source_canonical_service",
+        "destination_canonical_service",
+    ),
+    EdgeQuery(
+        "group by (deployment, dst_service)"
+        ' (last_over_time(response_total{direction="outbound", dst_service!=""}[10m]))',
+        "deployment",
+        "dst_service",
+    ),
 )
 # What OpenTelemetry's db.system.name and the service graph's connection_type mean here, if the callee is not scraped.
 KINDS = {"postgresql": "postgres", "virtual_node": "external"}
@@ -141,7 +154,7 @@ def merge(topologies: Iterable[Topology]) -> Topology:
 class Discovery:
     """Reads the graph from metrics: service graphs of traces (Tempo's and the OpenTelemetry collector's
     `traces_service_graph_request_total`), and the addresses that HTTP and database clients call (OpenTelemetry's
-    `server.address`). `problems` says what the last reading lacked."""
+    `server.address`), Istio's and Linkerd's request counters. `problems` says what the last reading lacked."""
 
     def __init__(self, source: PrometheusSource, queries: tuple[EdgeQuery, ...] = EDGE_QUERIES) -> None:
         self._source = source

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import diagnosis, journal, lag, live, sandbox, startup, webhook
+from bench import diagnosis, journal, kubernetes, lag, live, sandbox, startup, webhook
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "bench.json"
@@ -49,6 +49,7 @@ def main() -> int:
         "live_diagnosis": lambda: live.bench(5 if given.quick else 15),
         "lag": lambda: lag.bench(250 if given.quick else lag.STEPS),
         "diagnosis": lambda: diagnosis.bench(18.0 * share),
+        "kubernetes_10000_pods": lambda: kubernetes.bench(60.0 * share),
         "startup": lambda: startup.bench(3 if given.quick else 9),
     }
     figures: dict[str, Any] = {}

@@ -6,14 +6,24 @@ import time
 import urllib.request
 from pathlib import Path
 
+import promql_parser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sources_world import Server, line, port
 
 from agent.config import Config, load
-from agent.sources.prometheus import Prometheus, PrometheusSource
-from agent.topology import Discovery, TopologyError, load_topology, merge, read_topology, resolve
+from agent.sources.prometheus import Prometheus, PrometheusSource, Sample
+from agent.topology import (
+    EDGE_QUERIES,
+    Discovery,
+    TopologyError,
+    edges_of,
+    load_topology,
+    merge,
+    read_topology,
+    resolve,
+)
 from rules.model import Topology
 
 GOOD = """
@@ -188,3 +198,21 @@ async def test_the_queries_are_accepted_by_a_real_prometheus(prometheus: Server)
         discovery = Discovery(source)
         assert await discovery.topology(20.0) == Topology()
     assert discovery.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "edge"),
+    [
+        (
+            "istio_requests_total",
+            {"source_canonical_service": "front", "destination_canonical_service": "cart"},
+            ("front", "cart"),
+        ),
+        ("response_total", {"deployment": "front", "dst_service": "cart.shop.svc.cluster.local"}, ("front", "cart")),
+    ],
+)
+def test_a_mesh_tells_both_ends(metric: str, labels: dict[str, str], edge: tuple[str, str]) -> None:
+    (query,) = (q for q in EDGE_QUERIES if f"({metric}" in q.query)
+    promql_parser.parse(query.query)
+    found = edges_of(query, [Sample(labels, 0.0, 1.0)], "service", frozenset({"front", "cart"}))
+    assert found.edges == (edge,)
