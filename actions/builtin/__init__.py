@@ -14,6 +14,16 @@ DONE = 0  # of an action: done; of a check: it has happened
 FAILED = 1  # of an action: it failed, perhaps half-way; of a check: it has not happened
 NOTHING_DONE = 93  # of an action: the target is not what was planned, or must not be touched; nothing was changed
 CANNOT_TELL = 94  # of a check
+MAX_SECRET = 65536  # bytes
+
+
+def secret(name: str) -> str:
+    """A secret of this run, "" if there is none. By descriptor (`NAME_FD` holds its number: `by: descriptor` in
+    the action) or, where a person starts the program, in the variable NAME itself."""
+    number = os.environ.get(f"{name}_FD", "")
+    if number.isdecimal():
+        return os.pread(int(number), MAX_SECRET, 0).decode()
+    return os.environ.get(name, "")
 
 
 def crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

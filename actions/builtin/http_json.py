@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import ssl
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
+
+from actions.builtin import secret
 
 TIMEOUT_SECONDS = 5.0
 MAX_BODY = 1024 * 1024
@@ -49,7 +50,7 @@ def request(method: str, url: str, body: Any = None, headers: Mapping[str, str] 
     else:
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=TIMEOUT_SECONDS)
     sent = {"Accept": "application/json", "User-Agent": "alertmedic", **(headers or {})}
-    if token := os.environ.get("ALERTMEDIC_HTTP_TOKEN"):
+    if token := secret("ALERTMEDIC_HTTP_TOKEN"):
         sent["Authorization"] = f"Bearer {token}"
     encoded = None if body is None else json.dumps(body)
     if encoded is not None:

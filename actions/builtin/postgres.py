@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed, secret
 
 CONNECT_SECONDS = "5"
 PSQL_SECONDS = 12.0
@@ -50,7 +50,9 @@ def ask(dsn: str, statement: str, variables: dict[str, str]) -> str:
     for name, value in variables.items():
         argv += ["-v", f"{name}={value}"]
     argv += ["-f", str(HERE / f"postgres_{statement}.sql"), "--dbname", dsn]
-    keep = {k: v for k, v in os.environ.items() if k in ("PGPASSFILE", "PGPASSWORD", "PGSSLROOTCERT", "PATH", "LANG")}
+    keep = {k: v for k, v in os.environ.items() if k in ("PGPASSFILE", "PGSSLROOTCERT", "PATH", "LANG")}
+    if password := secret("PGPASSWORD"):
+        keep["PGPASSWORD"] = password
     env = {**keep, "PGCONNECT_TIMEOUT": CONNECT_SECONDS, "PGAPPNAME": "alertmedic", "HOME": "/nonexistent"}
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=PSQL_SECONDS, env=env, check=False)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed, proc
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed, proc, secret
 from actions.builtin.proc import Process
 
 TOOL_SECONDS = 15.0
@@ -103,7 +103,7 @@ def tool(
     """The standard output of a tool. It gets a fixed environment, the variables that `keep` names, and `more`.
     Raises Trouble when it cannot be started, takes too long, fails, or says too much."""
     env = {"PATH": TOOL_PATH, "LANG": "C.UTF-8", "HOME": os.environ.get("HOME", "/nonexistent")}
-    env |= {name: os.environ[name] for name in keep if name in os.environ}
+    env |= {name: value for name in keep if (value := secret(name))}
     env |= more or {}
     given = b"" if stdin is None else stdin.encode()
     try:

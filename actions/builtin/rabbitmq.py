@@ -12,12 +12,11 @@ The password comes from RABBITMQ_PASSWORD.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED
+from actions.builtin import CANNOT_TELL, DONE, FAILED, secret
 from actions.builtin.program import Operation, Refused, Trouble, execute, nothing_to_do, options, say, target
 
 HEADER = "x-alertmedic-replays"
@@ -40,7 +39,7 @@ def connect(url: str) -> Any:
         host=parts.hostname,
         port=parts.port or (5671 if tls else 5672),
         virtual_host=unquote(parts.path.lstrip("/")) or "/",
-        credentials=pika.PlainCredentials(unquote(parts.username or "guest"), os.environ.get("RABBITMQ_PASSWORD", "")),
+        credentials=pika.PlainCredentials(unquote(parts.username or "guest"), secret("RABBITMQ_PASSWORD")),
         ssl_options=tls,
         socket_timeout=SOCKET_SECONDS,
         blocked_connection_timeout=SOCKET_SECONDS,

@@ -8,18 +8,17 @@ instances of the service are passing. Undoing takes it out of maintenance. A tok
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 from urllib.parse import quote
 
-from actions.builtin import DONE, FAILED
+from actions.builtin import DONE, FAILED, secret
 from actions.builtin.http_json import HttpError, request
 from actions.builtin.program import Refused, Trouble, execute, nothing_to_do, options, say, target
 
 
 def ask(args: argparse.Namespace, method: str, path: str) -> Any:
-    token = os.environ.get("CONSUL_HTTP_TOKEN")
+    token = secret("CONSUL_HTTP_TOKEN")
     try:
         return request(method, args.url.rstrip("/") + path, headers={"X-Consul-Token": token} if token else {})
     except HttpError as error:

@@ -14,7 +14,6 @@ import argparse
 import base64
 import http.client
 import json
-import os
 import socket
 import sys
 import time
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed
+from actions.builtin import CANNOT_TELL, DONE, FAILED, NOTHING_DONE, crashed, secret
 
 CALL_SECONDS = 5.0
 POLL_SECONDS = 0.05
@@ -55,10 +54,10 @@ class _Transport(xmlrpc.client.Transport):
 
 
 def _authorization() -> list[tuple[str, str]]:
-    user = os.environ.get("SUPERVISORD_USERNAME", "")
+    user = secret("SUPERVISORD_USERNAME")
     if not user:
         return []
-    pair = f"{user}:{os.environ.get('SUPERVISORD_PASSWORD', '')}".encode()
+    pair = f"{user}:{secret('SUPERVISORD_PASSWORD')}".encode()
     return [("Authorization", "Basic " + base64.b64encode(pair).decode())]
 
 

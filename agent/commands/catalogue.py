@@ -153,7 +153,7 @@ async def _steps(
     config: Config, name: str, service: str, params: Mapping[str, ParamValue]
 ) -> tuple[Step, ...] | Declined:
     from actions.gates import GuardContext
-    from actions.guard import early_values, make_step, resolve_targets
+    from actions.guard import early_values, host_of, make_step, resolve_targets
     from actions.model import Declined
     from rules.model import Proposal
     from sandbox import current
@@ -173,17 +173,19 @@ async def _steps(
         policy=config.guard_policy,
         inventory=inventory,
         enforced_by=current().enforced_by,
+        remote_hosts=frozenset(config.hosts),
     )
+    host = host_of(service, definition, context)
     values = early_values(Proposal(action=name, service=service, params=dict(params)), definition, context)
     if isinstance(values, Declined):
         return values
     secrets = {s.name: os.environ[s.name] for s in definition.environment if s.name in os.environ}
-    targets = await resolve_targets(definition, values, _read_only(config), secrets)
+    targets = await resolve_targets(definition, values, _read_only(config, host), secrets)
     if isinstance(targets, Declined):
         return targets
     steps: list[Step] = []
     for target in targets:
-        step = make_step(definition, values, target)
+        step = make_step(definition, values, target, host)
         if isinstance(step, Declined):
             return step
         steps.append(step)
@@ -194,7 +196,7 @@ async def _tried(config: Config, steps: tuple[Step, ...]) -> list[str | None]:
     """What the action's own dry run says of each step; None where it has none. Raises CommandError if it fails."""
     from actions.guard import describe, rendered
 
-    catalog, run = _catalog(config), _read_only(config)
+    catalog = _catalog(config)
     said: list[str | None] = []
     for step in steps:
         definition = catalog.get(step.action)
@@ -203,22 +205,24 @@ async def _tried(config: Config, steps: tuple[Step, ...]) -> list[str | None]:
             continue
         secrets = {name: os.environ[name] for name in step.environment if name in os.environ}
         argv = rendered(definition.dry_run, step.params, definition)
-        result = await run(argv, definition.limits, secrets, definition.needs)
+        result = await _read_only(config, step.host)(argv, definition.limits, secrets, definition.needs)
         if not result.ok:
             raise CommandError(f"the dry run of {step.action} on {step.target}: {describe(result)}")
         said.append(" ".join(result.stdout.split()))
     return said
 
 
-def _read_only(config: Config) -> Any:
-    """Runs a look-up's argv in the sandbox."""
+def _read_only(config: Config, host: str = "") -> Any:
+    """Runs a look-up's argv in the sandbox, on the host where the action would run."""
 
     async def run(argv: tuple[str, ...], limits: Limits, environment: Mapping[str, str], needs: Needs) -> RunResult:
-        import sandbox
+        from agent.remote import Executors
 
-        return await sandbox.run(
-            argv, limits, env=environment, user=config.sandbox.user, protection=config.sandbox.protection, needs=needs
-        )
+        settings = config.sandbox
+        return await Executors(config.hosts).run(
+            argv, limits, env=environment, user=settings.user, protection=settings.protection, needs=needs, host=host,
+            redact=tuple(environment.values()),
+        )  # fmt: skip
 
     return run
 

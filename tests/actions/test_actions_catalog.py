@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from actions_world import action_data, definition
 
+import sandbox
 from actions.catalog import Catalog, CatalogError, load_catalog, parse_action
 from actions.model import Declined, Refusal
 from sandbox.model import MIB, Limits
@@ -388,3 +390,22 @@ def test_what_a_program_needs_and_how_its_secrets_come() -> None:
 def test_needs_that_make_no_sense(needs: dict[str, object], words: str) -> None:
     with pytest.raises(CatalogError, match=words):
         parse_action({**NEEDY, "needs": needs}, "here")
+
+
+PLACES = {"PGPASSFILE", "SUPERVISORD_USERNAME"}  # where a secret is, or whose it is: no secrets themselves
+
+
+def test_shipped_secrets_come_by_descriptor_to_programs_that_know() -> None:
+    for action in load_catalog():
+        for secret in action.environment:
+            assert (secret.by == "descriptor") == (secret.name not in PLACES), (action.name, secret)
+            for argv in (action.argv, action.check, action.undo, action.resolve, action.dry_run):
+                assert not argv or (argv[0] == "{python}" and "actions.builtin" in " ".join(argv)), (action.name, argv)
+
+
+@pytest.mark.parametrize("by", ["descriptor", "environment"])
+async def test_a_shipped_program_reads_its_secret(by: str) -> None:
+    script = "import os; from actions.builtin import secret; print(secret('TOKEN') == 'a b', 'a b' in str(os.environ))"
+    given: dict[str, Any] = {"secrets": {"TOKEN": "a b"}} if by == "descriptor" else {"env": {"TOKEN": "a b"}}
+    result = await sandbox.run([sys.executable, "-I", "-c", script], Limits(timeout_seconds=60), **given)
+    assert result.stdout.split() == ["True", str(by == "environment")], result
