@@ -20,12 +20,14 @@ from agent.fold_model import Incident
 from agent.fold_state import State
 from agent.sources import Budget, EvidenceRequest, Source, bounded, gather
 from agent.sources.kubernetes import EVIDENCE as OBJECTS
+from rules.anyalert import questions
 from rules.expression import ExpressionError, read
 from rules.model import Alert, Evidence, Fact, Situation, Topology
 from rules.packs import EvidenceQuery, PackSet
 from rules.subjects import EXPRESSION_FACT, entry_of, kind_of, subject_of
 
 DISCOVERY_SECONDS = 300.0  # how long a topology that was read from metrics is believed
+NOTHING = "vector(0)"  # stands for an expression that is not known: only the labels are asked about
 HOLD_COUNTS = 60.0  # a shorter `for` lies within the onset's margin
 UNREACHED = 5.0  # seconds after which a discovery that failed is tried again
 
@@ -174,6 +176,8 @@ class Situations:
         if names is None and any(source.name == "kubernetes" for source in self.sources):
             known = {q.name for q in queries}
             queries += [] if OBJECTS in known else [EvidenceQuery(name=OBJECTS, query="", source="kubernetes")]
+        if self.packs.fallback_causes:
+            queries += [q for q in _questions(about) if names is None or q.name in names]
         prometheus = self.config.prometheus
         request = EvidenceRequest(
             queries=tuple(queries),
@@ -231,6 +235,18 @@ def _metrics(told: Told) -> tuple[str, ...]:
         return read(told.expression).metrics if told.expression else ()
     except ExpressionError:
         return ()
+
+
+def _questions(about: About) -> tuple[EvidenceQuery, ...]:
+    """The correlated queries of the alert that the incident begins with, of those whose expression can be read."""
+    for alert in sorted(about.alerts, key=lambda alert: (alert.status != "firing", alert.starts_at)):
+        told = about.told[alert.fingerprint]
+        try:
+            expression = read(told.expression or NOTHING)
+        except ExpressionError:
+            expression = read(NOTHING)
+        return questions(alert.labels, expression, told.rule_labels)
+    return ()
 
 
 def _expressions(about: About) -> tuple[Evidence, ...]:

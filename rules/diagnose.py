@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from rules.anyalert import with_parts
 from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Model, combined_confidence, posteriors
 from rules.causality import Clock, Lead, direction
 from rules.derived import derived_findings
@@ -87,6 +88,7 @@ def conclude(observer: Observer, limit: int = TOP) -> Diagnosis:
 
 def observe(situation: Situation, packs: PackSet) -> Observer:
     """Findings and call graph of a situation, ready to be asked about any node."""
+    situation = with_parts(situation)
     findings = (*findings_of(situation, packs), *derived_findings(situation, packs))
     return Observer(situation, packs, findings, graph_of(situation, packs, findings))
 

@@ -30,11 +30,13 @@ class ExpressionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`left op threshold`, as the alert asks it. `threshold` None: the right side is a vector or there is none."""
+    """`left op threshold`, as the alert asks it. `threshold` None: the right side is a vector or there is none; `node`
+    is then the comparison itself."""
 
     left: Any
     op: str  # "": nothing is compared, what the expression gives is the alert
     threshold: float | None
+    node: Any = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,18 +154,36 @@ def rendered(node: Any, more: str = "", keep: Callable[[Any], bool] = lambda sel
         return f"{_selector(inner, more if keep(inner) else '')}[{_duration(node.range)}]{_time_shift(inner)}"
     if kind == "SubqueryExpr":
         step = _duration(node.step) if node.step is not None else ""
-        return f"({rendered(node.expr, more, keep)})[{_duration(node.range)}:{step}]{_time_shift(node)}"
+        return f"{_operand(node.expr, more, keep)}[{_duration(node.range)}:{step}]{_time_shift(node)}"
     if kind == "ParenExpr":
         return f"({rendered(node.expr, more, keep)})"
     if kind == "UnaryExpr":
-        return f"-({rendered(node.expr, more, keep)})"
+        return f"-{_operand(node.expr, more, keep)}"
     if kind == "Call":
         return f"{node.func.name}({', '.join(rendered(a, more, keep) for a in node.args)})"
     if kind == "AggregateExpr":
         return _aggregate(node, more, keep)
     if kind == "BinaryExpr":
-        return f"({rendered(node.lhs, more, keep)}) {_joined(node)} ({rendered(node.rhs, more, keep)})"
+        return f"{_operand(node.lhs, more, keep)} {_joined(node)} {_operand(node.rhs, more, keep)}"
     raise ExpressionError(f"the expression holds a {kind}, which is not known here")
+
+
+def _operand(node: Any, more: str, keep: Callable[[Any], bool]) -> str:
+    """In parentheses, unless it stands for itself anyway."""
+    text = rendered(node, more, keep)
+    return f"({text})" if _kind(node) in ("BinaryExpr", "UnaryExpr", "SubqueryExpr") else text
+
+
+def difference(comparison: Any, more: str = "") -> str:
+    """What is compared minus what it is compared with, matched as the comparison matches them."""
+    sides = rendered(comparison.lhs, more), rendered(comparison.rhs, more)
+    how = _joined(comparison).removeprefix(_operator(comparison)).removeprefix(" bool")
+    return f"({sides[0]}) -{how} ({sides[1]})"
+
+
+def is_absence(tree: Any) -> bool:
+    """Whether the alert stands on `absent` or `absent_over_time`: then what it selects has no series."""
+    return any(_kind(n) == "Call" and n.func.name in ("absent", "absent_over_time") for n in walk(tree))
 
 
 def quoted(text: str) -> str:
@@ -203,7 +223,7 @@ def _comparison(tree: Any) -> Comparison:
                 return Comparison(tree.lhs, op, threshold)
             if (threshold := number_of(tree.lhs)) is not None:
                 return Comparison(tree.rhs, op.translate(str.maketrans("<>", "><")), threshold)
-            return Comparison(tree.lhs, op, None)
+            return Comparison(tree.lhs, op, None, tree)
     return Comparison(tree, "", None)
 
 

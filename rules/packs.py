@@ -25,6 +25,7 @@ At = Literal["self", "callers", "callees", "host", "inbound", "siblings", "entry
 Scalar = str | bool | int | float
 Condition = Scalar | list[Scalar] | dict[Literal[">=", ">", "<=", "<"], float]
 
+DERIVED = "derived"  # source of facts that diagnosis itself makes of other evidence
 STATES: tuple[State, ...] = get_args(State)
 VOCABULARY = frozenset(
     {"service", "entry", "path", "posterior", "evidence"}  # of the hypothesis
@@ -303,7 +304,7 @@ class PackSet:
         (from the source named by the group, with an empty query)."""
         found = {n: EvidenceQuery(name=n, query=text) for pack in self.packs for n, text in pack.queries.items()}
         for group in self.groups.values():
-            if group.facts is not None:
+            if group.facts is not None and group.facts.source != DERIVED:
                 name = group.facts.evidence
                 found[name] = EvidenceQuery(name=name, query="", source=group.facts.source)
         return tuple(found[name] for name in sorted(found))

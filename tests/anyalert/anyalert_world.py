@@ -12,11 +12,12 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import yaml
 
@@ -245,11 +246,11 @@ class Scenario:
         return found
 
 
-def openmetrics(scenarios: Iterable[Scenario]) -> Iterator[str]:
+def openmetrics(scenarios: Iterable[Scenario], any_at: float) -> Iterator[str]:
     """All series as OpenMetrics text for promtool."""
     blocks: dict[str, list[str]] = {}
-    for scenario in scenarios:
-        for metric, labels, samples in scenario.series():
+    for rows in (*(s.series() for s in scenarios), *(case.series(any_at) for case in ANY)):
+        for metric, labels, samples in rows:
             inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in sorted(labels.items()))
             lines = blocks.setdefault(metric, [])
             lines += [f"{metric}{{{inner}}} {value:.10g} {t:.0f}\n" for t, value in samples]
@@ -263,11 +264,11 @@ def _escaped(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def backfill(promtool: str, directory: Path, scenarios: Iterable[Scenario]) -> Path:
+def backfill(promtool: str, directory: Path, scenarios: Iterable[Scenario], any_at: float) -> Path:
     """Blocks of a data directory that Prometheus starts on."""
     text, data = directory / "series.txt", directory / "data"
     with text.open("w") as file:
-        file.writelines(openmetrics(scenarios))
+        file.writelines(openmetrics(scenarios, any_at))
     done = subprocess.run(
         [promtool, "tsdb", "create-blocks-from", "openmetrics", str(text), str(data)],
         capture_output=True,
@@ -277,3 +278,139 @@ def backfill(promtool: str, directory: Path, scenarios: Iterable[Scenario]) -> P
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return data
+
+
+# -- alerts that no pack knows
+
+Level = tuple[float | None, float | None, str]  # before, under the fault, kind as in the recipes
+
+
+@dataclass(frozen=True)
+class AnyCase:
+    """An alert by its expression, and series under it. `missing` are names of evidence that must be said to lack."""
+
+    name: str
+    expression: str
+    labels: dict[str, str]
+    rows: tuple[tuple[str, dict[str, str], Level], ...]
+    cause: str
+    says: str = ""
+    missing: tuple[str, ...] = ()
+
+    def alert(self, starts_at: float) -> Alert:
+        url = f"http://p:9090/graph?{urlencode({'g0.expr': self.expression, 'g0.tab': '1'})}"
+        labels = {"alertname": f"Unknown_{self.name}", "severity": "page", **self.labels}
+        return Alert(
+            tenant="",
+            fingerprint=self.name,
+            status="firing",
+            labels=labels,
+            starts_at=starts_at,
+            generator_url=url,
+            digest=self.name,
+        )
+
+    def until(self, starts_at: float) -> float:
+        return starts_at + 2.5 * AFTER
+
+    def series(self, starts_at: float) -> Iterator[tuple[str, dict[str, str], list[tuple[float, float]]]]:
+        fault = starts_at - MARGIN
+        start = math.floor((fault - BEFORE) / STEP) * STEP
+        for n, (metric, labels, (calm, faulty, kind)) in enumerate(self.rows):
+            found: list[tuple[float, float]] = []
+            total = 0.0
+            for i, t in enumerate(range(start, int(self.until(starts_at)) + STEP, STEP)):
+                after = t >= fault
+                now = faulty if after else calm
+                if kind == "s":
+                    found.append((t, (calm or 0.0) + (240.0 * math.ceil((t - fault + 1) / 240.0) if after else 0.0)))
+                elif now is None:
+                    continue
+                elif kind == "c":
+                    total += now * STEP * (1 + 0.02 * ((i * 7 + n) % 5 - 2))
+                    found.append((t, total))
+                else:
+                    found.append((t, now * (1 + (0.02 if kind == "w" else 0.002) * ((i * 7 + n) % 5 - 2))))
+            yield metric, labels, found
+
+
+def _ratio(job: str, bad: Callable[[int, str], bool]) -> tuple[tuple[str, dict[str, str], Level], ...]:
+    rows = []
+    for i in range(8):
+        version, zone = ("v2" if i % 4 == 0 else "v1"), f"z{i // 3}"
+        labels = {"job": job, "pod": f"p{i}", "version": version, "zone": zone}
+        rows.append(("reqs_total", {**labels, "code": "200"}, (20.0, 20.0, "c")))
+        rows.append(("reqs_total", {**labels, "code": "500"}, (0.05, 9.0 if bad(i, version) else 0.05, "c")))
+    return tuple(rows)
+
+
+def _share(job: str) -> str:
+    bad = f'sum by (job) (rate(reqs_total{{job="{job}",code=~"5.."}}[5m]))'
+    return f'{bad} / sum by (job) (rate(reqs_total{{job="{job}"}}[5m])) > 0.05'
+
+
+def _jobs(job: str, levels: Callable[[int], Level]) -> tuple[tuple[str, dict[str, str], Level], ...]:
+    return tuple(("stuck_jobs", {"job": job, "instance": f"10.8.{job[1:]}.{i}:80"}, levels(i)) for i in range(7))
+
+
+def _one(job: str) -> dict[str, str]:
+    return {"job": job, "instance": f"10.8.{job[1:]}.0:80"}
+
+
+ANY: tuple[AnyCase, ...] = (
+    AnyCase(
+        "one_instance", 'sum by (job) (stuck_jobs{job="j1"}) > 30', {"job": "j1"},
+        _jobs("j1", lambda i: (2.0, 60.0 if i == 3 else 2.0, "g")), "alert.one_instance", "instance 10.8.1.3:80",
+    ),
+    AnyCase(
+        "one_version", _share("j2"), {"job": "j2"}, _ratio("j2", lambda i, v: v == "v2"), "alert.one_version",
+    "v2"), AnyCase("one_zone", _share("j3"), {"job": "j3"}, _ratio("j3", lambda i, v: i // 3 == 1), "alert.one_zone",
+    "zone z1"), AnyCase(
+        "shared", 'sum by (job) (stuck_jobs{job="j4"}) > 30', {"job": "j4"},
+        _jobs("j4", lambda i: (2.0, 9.0, "g")), "alert.shared", "share",
+    ),
+    AnyCase(
+        "siblings", 'stuck_jobs{job="j5"} > 30', _one("j5"),
+        _jobs("j5", lambda i: (2.0, 60.0 if i == 0 else 2.0, "g")), "alert.one_instance", "10.8.5.0:80",
+    ),
+    AnyCase(
+        "target_down", 'stuck_jobs{job="j6"} > 30', _one("j6"),
+        (("stuck_jobs", _one("j6"), (2.0, 60.0, "g")), ("up", _one("j6"), (1.0, 0.0, "g"))), "alert.target_down", "",
+    ),
+    AnyCase(
+        "demand", 'sum by (job) (rate(demo_requests_total{job="j7"}[5m])) > 100', {"job": "j7"},
+        (("demo_requests_total", _one("j7"), (20.0, 200.0, "c")), ("up", _one("j7"), (1.0, 1.0, "g"))),
+        "alert.demand_rose", "",
+    ),
+    AnyCase(
+        "restarted", 'stuck_jobs{job="j8"} > 30', _one("j8"),
+        (("stuck_jobs", _one("j8"), (2.0, 60.0, "g")), ("up", _one("j8"), (1.0, 1.0, "g")),
+         ("process_start_time_seconds", _one("j8"), (1e6, 1e6, "s"))), "alert.restarted", "",
+    ),
+    AnyCase(
+        "host", 'stuck_jobs{job="j9"} > 30', _one("j9"),
+        (("stuck_jobs", _one("j9"), (2.0, 60.0, "g")), ("up", _one("j9"), (1.0, 1.0, "g")),
+         ("node_cpu_seconds_total", {"mode": "idle", "cpu": "0", "instance": "10.8.9.0:9100"}, (0.8, 0.01, "c"))),
+        "alert.host_saturated", "",
+    ),
+    AnyCase(
+        "new_version", 'stuck_jobs{job="j10"} > 30', _one("j10"),
+        (("stuck_jobs", _one("j10"), (2.0, 60.0, "g")), ("up", _one("j10"), (1.0, 1.0, "g")),
+         ("demo_build_info", {**_one("j10"), "version": "1.0"}, (1.0, None, "g")),
+         ("demo_build_info", {**_one("j10"), "version": "1.1"}, (None, 1.0, "g"))), "alert.changed", "",
+    ),
+    AnyCase(
+        "silent", 'stuck_jobs{job="j11"} < 1', _one("j11"),
+        (("stuck_jobs", _one("j11"), (5.0, None, "g")), ("up", _one("j11"), (1.0, 1.0, "g"))), "alert.fell_silent", "",
+    ),
+    AnyCase(
+        "threshold", 'stuck_jobs{job="j12"} > 30', _one("j12"),
+        (("stuck_jobs", _one("j12"), (30.1, 30.4, "w")), ("up", _one("j12"), (1.0, 1.0, "g"))),
+        "alert.threshold_near", "",
+    ),
+    AnyCase("nothing", "never_exposed > 1", {"job": "j13", "instance": "10.8.13.0:80"}, (), ""),
+    AnyCase("no_labels", "sum(never_exposed) > 1", {}, (), ""),
+    AnyCase("unreadable", "sum(((", _one("j14"), (("up", _one("j14"), (1.0, 0.0, "g")),), "alert.target_down", "",
+            ("alert.expression",)),
+    AnyCase("hostile", 'x{a="$scope"} > 1', {"job": 'a"} or up{x="', "instance": "\\$alert(a)`"}, (), ""),
+)  # fmt: skip

@@ -34,17 +34,25 @@ def volume(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def simulated(volume: bool) -> list[Scenario]:
-    now = time.time()
-    return scenarios(volume, now // 60 * 60 - 3 * 3600)
+def any_at() -> float:
+    """When every simulated alert begins to fire."""
+    return time.time() // 60 * 60 - 3 * 3600
+
+
+@pytest.fixture(scope="session")
+def simulated(volume: bool, any_at: float) -> list[Scenario]:
+    return scenarios(volume, any_at)
 
 
 @pytest.fixture(scope="session")
 def prometheus(
-    tmp_path_factory: pytest.TempPathFactory, simulated: list[Scenario], program: Callable[[str, str], str]
+    tmp_path_factory: pytest.TempPathFactory,
+    simulated: list[Scenario],
+    any_at: float,
+    program: Callable[[str, str], str],
 ) -> Iterator[Server]:
     where = tmp_path_factory.mktemp("anyalert")
-    data = backfill(program("promtool", "prometheus"), where, simulated)
+    data = backfill(program("promtool", "prometheus"), where, simulated, any_at)
     server = start(program("prometheus", "prometheus"), where, data)
     try:
         yield server
