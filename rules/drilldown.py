@@ -107,14 +107,13 @@ def _elements(labels: Sequence[Mapping[str, str]], b: FloatArray, a: FloatArray)
             values.setdefault(name, {}).setdefault(value, []).append(i)
     telling = [name for name, by in values.items() if len(by) > 1 or len(next(iter(by.values()))) < len(labels)]
     moved = {name: _moved(list(values[name].values()), b, a) for name in telling}
-    telling.sort(
-        key=lambda name: (-round(moved[name], 12), len(values[name]), sorted(map(tuple, values[name].values())))
-    )
+    rows = {name: sorted(map(tuple, values[name].values())) for name in telling}
+    telling.sort(key=lambda name: (-round(moved[name], 12), len(rows[name]), rows[name]))
     masks: dict[tuple[str, str], BoolArray] = {}
     for name in telling[:MAX_LABELS]:
-        for value, rows in values[name].items():
+        for value, at in values[name].items():
             mask = np.zeros(len(labels), dtype=bool)
-            mask[rows] = True
+            mask[at] = True
             masks[name, value] = mask
     return masks
 
@@ -155,7 +154,7 @@ def _fit(mask: BoolArray, b: FloatArray, a: FloatArray, scale: float) -> float:
     """PS. Where nothing was there before, the change is expected to be shared out evenly."""
     base, total = float(b[mask].sum()), float(a[mask].sum())
     expected = b.copy()
-    if base > 0 and total >= 0:
+    if base > 1e-12 * total >= 0 and base > 0:
         expected[mask] = b[mask] * (total / base)
     else:
         expected[mask] = b[mask] + (total - base) / int(mask.sum())

@@ -29,7 +29,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 async def around(url: str, alert: Alert, until: float, seconds: float = 60.0) -> Situation:
     config = Config(prometheus=Section(url=url, step_seconds=float(STEP), timeout_seconds=seconds))
-    async with PrometheusSource(Prometheus(url=url, rate=f"{4 * STEP}s", timeout_seconds=seconds)) as source:
+    async with PrometheusSource(
+        Prometheus(url=url, rate=f"{4 * STEP}s", timeout_seconds=seconds, concurrency=64)
+    ) as source:
         listed = Expressions(rules_of(source))
         made = Situations(config, packs(), [source], Topology(), None, clock=lambda: until, expressions=listed)
         return await made.around((alert,))
@@ -106,6 +108,7 @@ async def test_what_times_out_is_said_and_the_rest_is_used(prometheus: Server, a
 
     case = next(c for c in ANY if c.cause == "alert.restarted")
     hung = 0
+    over = asyncio.Event()
 
     async with aiohttp.ClientSession() as session:
 
@@ -115,12 +118,13 @@ async def test_what_times_out_is_said_and_the_rest_is_used(prometheus: Server, a
             query = str(form.get("query", ""))
             if "scrape_duration" in query or "build_info" in query or "node_" in query or "up{" in query:
                 hung += 1
-                await asyncio.sleep(60)
+                await over.wait()
             async with session.request(request.method, f"{prometheus.url}{request.path_qs}", data=dict(form)) as answer:
                 return web.Response(body=await answer.read(), status=answer.status, content_type="application/json")
 
         async with serving(half) as url:
-            situation = await around(url, case.alert(any_at), case.until(any_at), seconds=5.0)
+            situation = await around(url, case.alert(any_at), case.until(any_at), seconds=4.0)
+            over.set()
     diagnosis = diagnose(situation, packs())
     assert hung >= 4
     late = {name for name, reason in diagnosis.missing.items() if "timeout" in reason}
