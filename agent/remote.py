@@ -25,6 +25,7 @@ from sandbox import EnforcedBy, Limits, Needs, Protection, RunResult
 
 GRACE_SECONDS = 15.0  # beyond a run's own timeout, until the connection is taken for lost
 HEALTHY_SECONDS = 300.0  # what a host said of its limits holds so long
+UNREACHABLE_SECONDS = 30.0  # until a host that could not be asked is asked again
 KILLING_MARGIN = 5.0
 ERROR_BYTES = 2000
 
@@ -148,7 +149,7 @@ class Executors:
             try:
                 found = (await self.probe(host)).enforced_by
             except (ConnectionError, RemoteRefused):
-                self._enforced.pop(host, None)
+                self._enforced[host] = (now + UNREACHABLE_SECONDS, EnforcedBy.RLIMITS)
             else:
                 self._enforced[host] = (now + HEALTHY_SECONDS, found)
 

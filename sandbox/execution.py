@@ -33,6 +33,7 @@ from sandbox.model import Limits, Needs, Protection, RunResult
 KILL_SECONDS = 10.0  # for a killed tree to be gone; only an uninterruptible system call takes longer
 EOF_SECONDS = 1.0  # for the pipes to end after that; only a process outside the leaf can still hold them
 LAUNCHER_BYTES = 4096  # of stderr are always looked at, for the launcher's own message
+WORKDIR = "alertmedic-"  # and the leaf's name: a run's working directory
 REDACTED = b"[secret]"
 LEAST_SECRET = 4  # shorter values are not redacted: they would be found in every number
 
@@ -159,7 +160,7 @@ def _kill_leaf(leaf: str, deadline_seconds: float) -> bool:
 
 
 async def sweep(deadline_seconds: float) -> list[str]:
-    """Ends and removes every leaf whose agent is no longer alive, and returns their names. To be called at the start:
+    """Ends and removes every run whose agent is no longer alive, and returns their names. To be called at the start:
     runs whose leaf is in no journal (target look-ups) would otherwise go on for ever when their agent crashed. Leaves
     of other living agents of this host, and of other PID namespaces, are left alone."""
     return await _in_thread(lambda: _sweep(deadline_seconds))
@@ -167,19 +168,28 @@ async def sweep(deadline_seconds: float) -> list[str]:
 
 def _sweep(deadline_seconds: float) -> list[str]:
     root = current().root
-    if root is None:
-        return []
-    here = Path("/proc/self/ns/pid").stat().st_ino
     swept = []
-    for path in sorted(root.iterdir()):
-        named = SWEEPABLE.fullmatch(path.name)
-        if named is None or int(named["space"]) != here:
-            continue
-        if processes.start_ticks(int(named["pid"])) == int(named["start"]):
-            continue  # its agent is alive: maybe us
-        if _kill_leaf(path.name, deadline_seconds):
+    for path in sorted(root.iterdir()) if root is not None else []:
+        if _orphaned(path.name) and _kill_leaf(path.name, deadline_seconds):
             swept.append(path.name)
+    # Runs without a leaf: their processes carry the name. And directories whose leaf was removed already.
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{WORKDIR}run-*")):
+        name = path.name.removeprefix(WORKDIR)
+        if name in swept or not _orphaned(name):
+            continue
+        gone = root is None or _kill_leaf(name, deadline_seconds)  # it may be in another node
+        if gone and processes.kill_carriers(name, deadline_seconds):
+            _remove_directory(path)
+            swept.append(name)
     return swept
+
+
+def _orphaned(name: str) -> bool:
+    """Whether a run of that name was made by an agent of this PID namespace that is no longer alive."""
+    named = SWEEPABLE.fullmatch(name)
+    if named is None or int(named["space"]) != Path("/proc/self/ns/pid").stat().st_ino:
+        return False
+    return processes.start_ticks(int(named["pid"])) != int(named["start"])  # equal: alive, and maybe us
 
 
 class _Box:
@@ -458,7 +468,7 @@ async def _in_thread(work: Callable[[], T], stop: Callable[[], None] | None = No
 
 def _workdir(leaf: str) -> Path:
     """A run's private working directory, by its leaf's name: so a restarted agent can remove it too."""
-    return Path(tempfile.gettempdir(), f"alertmedic-{leaf}")
+    return Path(tempfile.gettempdir(), f"{WORKDIR}{leaf}")
 
 
 def _remove_directory(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Killing a process tree where there is no cgroup to kill it by.
 
-Called by `sandbox.execution` in the fallback without a leaf. A process belongs to a run if it is in the session or
+Called by `sandbox.execution` for runs without a leaf. A process belongs to a run if it is in the session or
 group of the run's first process, descends from one that does, or carries the run's cookie in its environment; the last
 finds daemons that forked twice and left their session. One that also cleared its environment gets away: that is what
 cgroups are for, and why results say what enforced the limits. Never signals a process it has not just identified.
@@ -35,6 +35,22 @@ def kill_tree(root: int, cookie: str, deadline_seconds: float) -> bool:
             return True
         for process in members:
             _signal(process, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+
+
+def kill_carriers(cookie: str, deadline_seconds: float) -> bool:
+    """Kills what carries the cookie of a run whose first process is unknown, its agent being dead. True when a look
+    found none."""
+    deadline = time.monotonic() + deadline_seconds
+    while True:
+        found = [pid for pid in psutil.pids() if pid != os.getpid() and _carries(pid, cookie) and start_ticks(pid)]
+        if not found:
+            return True
+        for pid in found:
+            with suppress(psutil.NoSuchProcess):
+                _signal(psutil.Process(pid), signal.SIGKILL)
         if time.monotonic() > deadline:
             return False
         time.sleep(0.002)

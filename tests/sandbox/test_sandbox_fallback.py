@@ -6,10 +6,11 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from sandbox_traces import until
+from sandbox_traces import alive, until
 
 import sandbox
 from sandbox import EnforcedBy, Limits, processes, run
@@ -80,6 +81,32 @@ def _read(descriptor: int) -> bytes | None:
         return os.read(descriptor, 16)
     except BlockingIOError:
         return None
+
+
+ABANDONING = """
+import asyncio, sandbox, sys
+from pathlib import Path
+sandbox.use(sandbox.Capability(sandbox.EnforcedBy.RLIMITS, reason="none"))
+script = f"setsid sleep 1003 & echo $! > {sys.argv[1]}; wait"
+asyncio.run(sandbox.run(["/bin/sh", "-c", script], sandbox.Limits(timeout_seconds=300)))
+"""
+
+
+async def test_what_a_dead_agent_left_without_a_leaf_is_ended_at_the_start(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    agent = subprocess.Popen([sys.executable, "-c", ABANDONING, str(mark)])
+    await until(lambda: mark.exists() and mark.read_text().endswith("\n"))
+    survivor = int(mark.read_text())
+    cookie = processes.psutil.Process(survivor).environ()[processes.COOKIE]
+    workdir = Path(tempfile.gettempdir(), f"alertmedic-{cookie}")
+    assert workdir.is_dir()
+    assert cookie not in await sandbox.sweep(10.0), "its agent is alive"
+    agent.kill()
+    agent.wait()
+    assert alive(survivor)
+    assert cookie in await sandbox.sweep(10.0)
+    assert not alive(survivor)
+    assert not workdir.exists()
 
 
 def test_tree_kill_takes_its_own_and_nobody_else() -> None:

@@ -177,7 +177,9 @@ async def test_sweep_ends_what_dead_agents_left_and_nothing_else(
     ours = Leaf.create(own_node, leaf_name())
     strange = Leaf.create(own_node, f"run-1-{agent.pid}-1-abc")  # of another PID namespace
     assert (own_node / dead).exists()
-    assert await sandbox.sweep(10.0) == [dead]
+    swept = await sandbox.sweep(10.0)  # other dead agents of this host may have left something, too
+    assert dead in swept
+    assert not {ours.path.name, strange.path.name} & set(swept)
     assert not (own_node / dead).exists()
     assert not remains(dead)
     assert ours.path.exists()
