@@ -92,6 +92,35 @@ def test_contained(attack: Attack, agent: Agent, prober: Prober, scratch: Path, 
     TABLE.append((attack.name, attack.mode, attack.by, ", ".join(result.layers)))
 
 
+CONTROLS = [
+    "new namespaces",
+    "kernel keyring",
+    "making a device",
+    "raising its own limits",
+    "memory of the agent by /proc/PID/mem",
+    "memory of the agent by process_vm_readv",
+    "environment of the agent",
+    "set-user-ID program",
+    "typing into a terminal (TIOCSTI)",
+    "bpf, perf, userfaultfd, io_uring",
+    "network that was not declared",
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONTROLS)
+def test_without_the_sandbox_it_would_have_worked(name: str, agent: Agent, scratch: Path, interpreter: str) -> None:
+    """The same program, started as any other: not all of it is refused. So it is the sandbox that refuses."""
+    (attack,) = (a for a in ATTACKS if a.name == name)
+    argv = [interpreter, "-I", "-S", "-c", PRELUDE + attack.script, str(agent.pid), str(agent.port), str(scratch)]
+    if MODES[attack.mode].get("user"):
+        argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *argv]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=scratch)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0, done
+    assert [line for line in attack.refused if line not in said], done
+
+
 def _left(marker: str) -> list[str]:
     """Processes of an attack that are still alive: all of them carry the scratch directory in their command line, but
     for those that a daemon has become."""
