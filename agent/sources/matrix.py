@@ -143,20 +143,21 @@ def frame_of(
         if len(found) > limit:
             partial = f"{len(found)} series, only the first {limit} are kept: narrow the query"
             found = found[:limit]
-        values = np.full((len(found), grid.points), math.nan)
+        values, times = np.full((len(found), grid.points), math.nan), grid.times()
         kept: dict[SeriesId, int] = {}
         counts = {"infinite": 0, "stray": 0, "histograms": 0, "doubled": 0}
         for series, item in found:
             counts["histograms"] += "histograms" in item
             if "values" not in item:
                 continue
-            row = _row(item["values"], grid, counts)
-            at = kept.setdefault(series, len(kept))
-            if at == len(kept) - 1 and np.isnan(values[at]).all():
-                values[at] = row
+            row = _row(item["values"], grid, times, counts)
+            if series not in kept:
+                kept[series] = len(kept)
+                values[kept[series]] = row
             else:
                 counts["doubled"] += 1
-                values[at] = np.where(np.isnan(values[at]), row, values[at])
+                known = values[kept[series]]
+                values[kept[series]] = np.where(np.isnan(known), row, known)
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise MalformedError(
             f"a series of the answer is not of the Prometheus API ({bounded(str(error), 80)})"
@@ -164,7 +165,7 @@ def frame_of(
     notes += _notes(counts)
     if not kept:
         return Answered(Frame.empty(), tuple(notes), partial)
-    return Answered(Frame(grid.times(), tuple(kept), values[: len(kept)]), tuple(notes), partial)
+    return Answered(Frame(times, tuple(kept), values[: len(kept)]), tuple(notes), partial)
 
 
 def samples_of(data: Any, limit: int) -> tuple[Sample, ...]:
@@ -214,18 +215,21 @@ def _series(item: Mapping[str, Any], name: str, service_label: str) -> SeriesId:
     return SeriesId.of(name or metric or "value", labels)
 
 
-def _row(samples: list[Any], grid: Grid, counts: dict[str, int]) -> FloatArray:
-    """The samples of one series on the grid: (points,)."""
+def _row(samples: list[Any], grid: Grid, times: FloatArray, counts: dict[str, int]) -> FloatArray:
+    """The samples of one series on the grid, whose `times` these are: (points,)."""
     n = len(samples)
-    at = np.fromiter((sample[0] for sample in samples), np.float64, n)
-    values = np.fromiter((float(sample[1]) for sample in samples), np.float64, n)
+    at = np.array([sample[0] for sample in samples], np.float64)
+    values = np.array([float(sample[1]) for sample in samples], np.float64)
+    infinite = np.isinf(values)
+    if infinite.any():
+        counts["infinite"] += int(np.count_nonzero(infinite))
+        values[infinite] = math.nan
+    if n == grid.points and np.array_equal(at, times):  # nothing is missing, which is how most series come
+        return values
     offset = np.rint(at * 1000.0) - grid.start_ms
     index = np.floor_divide(offset, grid.step_ms)
     fits = (offset == index * grid.step_ms) & (index >= 0) & (index < grid.points)
-    infinite = np.isinf(values)
     counts["stray"] += int(n - np.count_nonzero(fits))
-    counts["infinite"] += int(np.count_nonzero(infinite))
-    values[infinite] = math.nan
     row = np.full(grid.points, math.nan)
     row[index[fits].astype(np.intp)] = values[fits]
     return row

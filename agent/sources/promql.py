@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from rules.features import host_name
 from rules.subjects import bindings_of, values_of
@@ -80,7 +81,11 @@ def matcher(label: str, values: Sequence[str]) -> str:
     Raises TemplateError for no values (it would match everything or nothing, neither is meant), for an empty one
     (it would match every series without the label) and for more than MAX_SERVICES or MAX_SCOPE_BYTES.
     """
-    wanted = sorted(set(values))
+    return _matcher(label, tuple(sorted(set(values))))
+
+
+@lru_cache(maxsize=16)  # a look asks dozens of queries about the same services
+def _matcher(label: str, wanted: tuple[str, ...]) -> str:
     if not wanted:
         raise TemplateError("no services in scope: the alert names none and the topology has none")
     if "" in wanted:
