@@ -30,7 +30,9 @@ from agent.config import Config
 from agent.downstream import Downstream
 from agent.engines import engine_of
 from agent.expressions import Expressions, rules_of
+from agent.gateway.gateway import Gateway
 from agent.http.auth import Credential, Guard
+from agent.http.gateway_api import GatewayApi
 from agent.http.server import Options, Serving, build_app
 from agent.http.server import serve as serve_http
 from agent.incidents import Changes, IncidentState
@@ -134,18 +136,28 @@ async def running(config: Config) -> AsyncIterator[App]:
             verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry, ask=ask)
             remediation = Remediation(config, catalog, store, verifier, telemetry)
             learning = Learning(config, store, NO_PACKS)
-            app = App(config, store, telemetry, remediation, downstream, learning)
+            gateway = Gateway(config, store, situations, telemetry)
+            app = App(config, store, telemetry, remediation, gateway, downstream, learning)
             investigation = app.investigation = Investigation(
-                config, NO_PACKS, store, situations, remediation, verifier, telemetry, app.wake, learning=learning
+                *(config, NO_PACKS, store, situations, remediation, verifier, telemetry, app.wake),
+                shadow=gateway.shadow,
+                learning=learning,
             )
+
+            def primary(packs: PackSet) -> None:
+                situations.packs = verifier.packs = investigation.packs = packs
+                learning.rebase(packs)
+                investigation.engine = engine_of(config.packs.engine, packs)
+                if investigation.engine is not None:
+                    stack.callback(investigation.engine.close)
+
+            gateway.on_primary = primary
             await app.listen(topology.edges)
             try:
                 # Alerts are safe before anybody can say what they mean: reading the packs keeps no sender waiting.
                 packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disable, config.packs.model)
-                situations.packs = verifier.packs = investigation.packs = learning.base = packs
-                investigation.engine = engine_of(config.packs.engine, packs)
-                if investigation.engine is not None:
-                    stack.callback(investigation.engine.close)
+                primary(packs)
+                await gateway.start(packs)
                 calm_collector()
                 app.begin()
                 yield app
@@ -240,12 +252,13 @@ class App:
         store: Store,
         telemetry: Telemetry,
         remediation: Remediation,
+        gateway: Gateway,
         downstream: Downstream | None = None,
         learning: Learning | None = None,
     ) -> None:
         self.config, self.store, self.telemetry = config, store, telemetry
         self._remediation, self._downstream = remediation, downstream or Downstream(store)
-        self._learning = learning
+        self._gateway, self._learning = gateway, learning
         self.intake = Intake(
             store, max_requests=config.intake.max_requests, max_bytes=config.intake.max_bytes_in_flight
         )
@@ -273,7 +286,13 @@ class App:
             learning=self._learning,
         )
         web = build_app(
-            self.intake, self.store, operations, health=self.health, metrics=self.telemetry.render, options=options
+            self.intake,
+            self.store,
+            operations,
+            health=self.health,
+            metrics=self.telemetry.render,
+            options=options,
+            more=lambda o: GatewayApi(self._gateway, o.guard, o.read_seconds).routes(),
         )
         self.serving = await serve_http(
             web,
@@ -304,6 +323,7 @@ class App:
         await _cancelled(list(self.investigation.acting.values()))
         await self._downstream.close()
         await self.serving.close()
+        await self._gateway.close()
 
     async def _effects_ended(self) -> None:
         """Waits until no step's effect is under way, at most the grace period. A verification is not waited for: the

@@ -97,7 +97,10 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--config", metavar="FILE", type=Path, help="configuration (default: $ALERTMEDIC_CONFIG)")
     common.add_argument("--state-dir", metavar="DIR", help="state directory, instead of the configured one")
     common.add_argument("--json", action="store_true", help="print JSON")
-    for add in (_serving, _looking, _deciding, _diagnosing, _checking, _catalogues, _sandboxing, _exploring, _breaking):
+    for add in (
+        *(_serving, _looking, _deciding, _gateway, _diagnosing, _checking),
+        *(_catalogues, _sandboxing, _exploring, _breaking),
+    ):
         add(commands, common)
     return top
 
@@ -161,6 +164,24 @@ def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
     breakers.add_argument("reset", nargs="?", choices=["reset"], help="close the breaker KEY")
     breakers.add_argument("key", nargs="?", default="", metavar="KEY", help="ACTION or ACTION|TARGET")
     breakers.add_argument("--note", default="", help="kept in the journal")
+
+
+def _gateway(commands: Commands, common: argparse.ArgumentParser) -> None:
+    group = _group(commands, "gateway", "compare two diagnosis channels, and say which one decides")
+    _add(group, common, "status", _gateway_status, "who is primary, and the score")
+    for name, text in (
+        ("promote", "make the candidate primary, if the score shows that it is better"),
+        ("rollback", "make the stable channel primary again"),
+    ):
+        made = _add(group, common, name, _gateway_move, text)
+        made.add_argument("--note", default="", help="kept in the journal")
+        made.set_defaults(move=name, force=False)
+        if name == "promote":
+            made.add_argument("--force", action="store_true", help="whatever the score shows")
+    judge = _add(group, common, "judge", _gateway_judge, "say what the cause was in a comparison that was recorded")
+    judge.add_argument("trace", help="its trace id, as `gateway status` shows it")
+    judge.add_argument("cause", help="the cause's id, for example postgres.blocking_session")
+    judge.add_argument("service", help="the service")
 
 
 def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -420,6 +441,24 @@ def _model(arguments: argparse.Namespace) -> int:
     if arguments.what == "revert":
         return learned.revert(state_dir, note=arguments.note, as_json=arguments.json)
     return learned.list_models(state_dir, as_json=arguments.json)
+
+
+def _gateway_status(arguments: argparse.Namespace) -> int:
+    from agent.commands.gateway import status
+
+    return status(_state_dir(arguments), as_json=arguments.json)
+
+
+def _gateway_move(arguments: argparse.Namespace) -> int:
+    from agent.commands.gateway import move
+
+    return move(_state_dir(arguments), arguments.move, arguments.note, force=arguments.force, as_json=arguments.json)
+
+
+def _gateway_judge(arguments: argparse.Namespace) -> int:
+    from agent.commands.gateway import judge
+
+    return judge(_state_dir(arguments), arguments.trace, arguments.cause, arguments.service, as_json=arguments.json)
 
 
 def _pause(arguments: argparse.Namespace) -> int:

@@ -348,6 +348,30 @@ class Learning(Struct, frozen=True, kw_only=True):
     windows: Mapping[Name, Seconds] = {}  # by evidence group, where its signals are slower
 
 
+class Candidate(Struct, frozen=True, kw_only=True):
+    """The other diagnosis channel. Nothing is inherited from `packs`."""
+
+    dirs: tuple[Directory, ...] = ()
+    disable: tuple[Name, ...] = ()
+    model: File | None = None
+    engine: Annotated[str, Meta(pattern=r"^([A-Za-z_][\w.]*:[A-Za-z_]\w*)?\Z")] = ""  # module:function; it never acts
+    url: Url = ""  # an external endpoint instead of all that; it never acts
+
+
+class Gateway(Struct, frozen=True, kw_only=True):
+    candidate: Candidate | None = None
+    recordings: Directory | None = None  # below which a request may name recordings
+    budget_seconds: Annotated[float, Meta(gt=0, le=10)] = 0.2  # for an answer of the channel that is not primary
+    memory_bytes: Bytes = 1024 * MIB  # address space of its process
+    percent: Annotated[float, Meta(ge=0, le=100)] = 100.0  # of live incidents that it looks at too, by hash of the id
+    tenants: tuple[Glob, ...] = ("*",)
+    teams: tuple[Glob, ...] = ("*",)
+    team_label: LabelName = "team"
+    min_judged: Count = 20  # comparisons, before it can be promoted
+    notify_url: Url = ""  # gets a POST for every difference
+    concurrency: Annotated[int, Meta(ge=1, le=256)] = 4  # requests at a time; more get 503
+
+
 class Otlp(Struct, frozen=True, kw_only=True):
     endpoint: Url = ""
     timeout_seconds: Seconds = 5.0
@@ -387,6 +411,7 @@ class Config(Struct, frozen=True, kw_only=True):
     verify: Verify = Verify()
     investigate: Investigate = Investigate()
     learning: Learning = Learning()
+    gateway: Gateway = Gateway()
     otlp: Otlp = Otlp()
     log: Log = Log()
 

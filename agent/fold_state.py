@@ -15,6 +15,7 @@ from itertools import islice
 import msgspec
 
 from actions.model import BreakerMoved, Plan
+from agent.fold_gateway import GatewayState
 from agent.fold_model import (
     MAX_ALERTS_CLOSED,
     MAX_STORY_CLOSED,
@@ -74,6 +75,7 @@ class _Body(msgspec.Struct, kw_only=True):
     started: AgentStarted | None
     observations: list[Observation] = []
     models: Models = Models()
+    gateway: GatewayState = msgspec.field(default_factory=GatewayState)
 
 
 class State:
@@ -97,6 +99,7 @@ class State:
         self.started: AgentStarted | None = None
         self.observations: list[Observation] = []  # what people said, oldest first; one an incident
         self.models = Models()
+        self.gateway = GatewayState()
         self._frozen: set[str] = set()  # ids whose Incident a snapshot in progress still reads
 
     # -- questions
@@ -311,6 +314,7 @@ class State:
         state.quarantined, state.quarantined_count = raw.quarantined, raw.quarantined_count
         state.paused, state.started = raw.paused, raw.started
         state.observations, state.models = raw.observations, raw.models
+        state.gateway = raw.gateway
         return state
 
 
@@ -335,6 +339,7 @@ class FrozenState:
         self._started = state.started
         self._observations = list(state.observations)
         self._models = state.models
+        self._gateway = state.gateway.copy()
 
     def encode(self) -> bytes:
         """The snapshot's body (JSON). Incident by incident, so that no single call holds the interpreter for long."""
@@ -359,6 +364,7 @@ class FrozenState:
                 started=self._started,
                 observations=self._observations,
                 models=self._models,
+                gateway=self._gateway,
             )
         )
 

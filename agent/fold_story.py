@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actions.model import BreakerState, Plan, StepState
+from agent.fold_gateway import ChannelMoved
 from agent.journal.records import (
     AgentStarted,
     AlertQuarantined,
@@ -209,6 +210,10 @@ def agent_started(record: AgentStarted) -> str:
         f"alertmedic {plain(record.version, 40)} started (pid {record.pid}, sandbox {plain(record.sandbox, 80)}, "
         f"autonomy {plain(record.autonomy, 40)})"
     )
+
+
+def channel_moved(record: ChannelMoved) -> str:
+    return f"{plain(record.who, 80)}: the {record.after} diagnosis channel is primary now{_because(record.reason)}"
 
 
 def pause_set(record: PauseSet) -> str:

@@ -17,6 +17,7 @@ from actions.model import check_move as check_step_move
 from agent import fold_learning
 from agent import fold_story as story
 from agent.alerts import decode_usual, usual_alert
+from agent.fold_gateway import ChannelMoved, GatewayCompared, GatewayJudged
 from agent.fold_merge import Merge
 from agent.fold_model import (
     FINAL,
@@ -154,6 +155,7 @@ def _apply(state: State, seq: int, record: Record) -> Changes:
             state.tell(record.at, story.agent_started(record), "agent_started")
             return NOTHING
         case FeedbackGiven():
+            state.gateway.outcome(record.incident, (record.cause, record.service))
             return fold_learning.feedback(state, seq, record)
         case ModelMade():
             fold_learning.made(state, record)
@@ -164,6 +166,16 @@ def _apply(state: State, seq: int, record: Record) -> Changes:
         case PauseSet():
             state.paused = record
             state.tell(record.at, story.pause_set(record), "pause_set")
+            return NOTHING
+        case GatewayCompared():
+            state.gateway.compare(record)
+            return NOTHING
+        case GatewayJudged():
+            state.gateway.judge(record.trace, (record.cause, record.service))
+            return NOTHING
+        case ChannelMoved():
+            state.gateway.move(record)
+            state.tell(record.at, story.channel_moved(record), "channel_moved")
             return NOTHING
         case _:
             assert_never(record)
@@ -267,6 +279,8 @@ def _moved(state: State, seq: int, record: IncidentMoved) -> Changes:
     if after not in FINAL:
         return Changes((incident.id,))
     incident.closed_at = record.at
+    if after is IncidentState.RESOLVED and incident.plan is not None and incident.plan_state == "done":
+        state.gateway.outcome(incident.id, (incident.plan.cause, incident.plan.service))
     if record.seen and incident.last_firing_seq > record.seen:
         # A firing alert became durable between the decision and this record: it would never be looked at.
         state.reopen(incident)

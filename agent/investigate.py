@@ -85,6 +85,7 @@ class Investigation:
     verifier: SeriesVerifier
     telemetry: Telemetry
     wake: Callable[[str, float], None]  # look at the incident again at that time
+    shadow: Callable[[Incident, Situation, Diagnosis], None] = lambda *_: None  # told of each look; it must not block
     clock: Callable[[], float] = time.time
     learning: Learning | None = None  # None: only the shipped model ranks
     engine: Engine | None = None  # None: the built-in one
@@ -163,6 +164,7 @@ class Investigation:
             self._moved(incident, _I.DIAGNOSED, "", at=now),
         )
         failpoint("investigate_after_diagnosed")
+        self.shadow(incident, situation, diagnosis)
         return None
 
     async def _diagnosed(self, incident: Incident) -> float | None:

@@ -42,6 +42,11 @@ class Learning:
     # The golden incidents that the shipped model gets right, and of which packs that is known.
     _right: tuple[PackSet, frozenset[Path]] | None = field(default=None, init=False)
 
+    def rebase(self, base: PackSet) -> None:
+        """Other packs serve from here on; what was learned is laid over those."""
+        self.base = base
+        self._made.clear()
+
     @property
     def windows(self) -> Windows:
         learning = self.config.learning

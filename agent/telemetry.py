@@ -110,6 +110,12 @@ class Telemetry:
         self._refusals = self._counter("refusals_total", "Why nothing was done.", ("reason",))
         for reason in Refusal:
             self._refusals.labels(reason.value)
+        self._gateway = self._counter(
+            "gateway_evaluations_total", "Comparisons of diagnosis channels by the other channel's answer.", ("b",)
+        )
+        self._gateway_differences = self._counter(
+            "gateway_differences_total", "Comparisons in which both channels answered, and differed."
+        )
         self._runs = self._counter("sandbox_runs_total", "Sandboxed runs.", ("enforced_by", "outcome"))
 
     def _states(self) -> None:
@@ -204,6 +210,11 @@ class Telemetry:
         elif result.timed_out:
             outcome = "timeout"
         self._runs.labels(result.enforced_by.value, outcome).inc()
+
+    def gateway_evaluation(self, b: str, *, differs: bool) -> None:
+        self._gateway.labels(b).inc()
+        if differs:
+            self._gateway_differences.inc()
 
     def evidence(self, source: str, *, missing: bool) -> None:
         self._evidence.labels(_bounded(source, self._sources, MAX_SOURCES), "missing" if missing else "present").inc()

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import diagnosis, journal, kubernetes, lag, live, sandbox, startup, webhook
+from bench import diagnosis, gateway, journal, kubernetes, lag, live, sandbox, startup, webhook
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "bench.json"
@@ -47,6 +47,7 @@ def main() -> int:
         "sandbox": lambda: sandbox.bench(24.0 * share),
         "sandbox_in_user_mode_linux": lambda: _in_vm(24.0 * share),
         "live_diagnosis": lambda: live.bench(5 if given.quick else 15),
+        "gateway": lambda: gateway.bench(60.0 * share),
         "lag": lambda: lag.bench(250 if given.quick else lag.STEPS),
         "diagnosis": lambda: diagnosis.bench(18.0 * share),
         "kubernetes_10000_pods": lambda: kubernetes.bench(60.0 * share),

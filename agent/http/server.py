@@ -179,9 +179,10 @@ def build_app(
     health: Health,
     metrics: Metrics,
     options: Options | None = None,
+    more: Callable[[Options], Mapping[str, dict[str, Handler]]] = lambda _: {},
 ) -> App:
     """The whole port. `health()` is the body of /-/ready and must hold `ready` (false: 503); `metrics()` gives the
-    exposition and its content type."""
+    exposition and its content type. `more(options)` are further paths."""
     options = options or Options()
     webhook = Webhook(intake, options)
 
@@ -206,6 +207,7 @@ def build_app(
         "/-/ready": {"GET": ready},
         "/metrics": {"GET": exposition},
         **Api(store, operations, options.guard, options.read_seconds).routes(),
+        **more(options),
     }
     return App(webhook, routes, options)
 

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from actions.model import BreakerMoved, Plan, Refusal, StepMoved
+from agent.fold_gateway import ChannelMoved, GatewayCompared, GatewayJudged
 from rules.feedback import Tally
 from rules.model import Alert, Diagnosis
 from rules.recurrence import Precedent, Signature
@@ -206,6 +207,9 @@ Record = (
     | FeedbackGiven
     | ModelMade
     | ModelChosen
+    | GatewayCompared
+    | GatewayJudged
+    | ChannelMoved
 )
 
 KINDS: dict[str, type] = {
@@ -227,6 +231,9 @@ KINDS: dict[str, type] = {
         FeedbackGiven,
         ModelMade,
         ModelChosen,
+        GatewayCompared,
+        GatewayJudged,
+        ChannelMoved,
     )
 }
 VERSIONS: dict[str, int] = dict.fromkeys(KINDS, 1)

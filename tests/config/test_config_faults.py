@@ -278,7 +278,7 @@ def test_every_scalar_key_has_a_variable() -> None:
     named = set(environment_variables().values())
     for key, _ in keys():
         outer = key.split("[]")[0].split(".NAME")[0]
-        assert outer in named or key == "prometheus.basic" or key == "alertmanager.basic", key
+        assert outer in named or key in {"prometheus.basic", "alertmanager.basic", "gateway.candidate"}, key
 
 
 NAMES = st.sampled_from(sorted({p for key, _ in keys() for p in key.replace("[]", "").split(".")})) | st.text(

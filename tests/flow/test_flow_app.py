@@ -17,6 +17,7 @@ from actions.model import StepMoved, StepState
 from agent import app as module
 from agent.app import App
 from agent.config import Config, Intake, Investigate, ListenTls
+from agent.gateway.gateway import Gateway
 from agent.journal.records import StepRecorded
 
 
@@ -48,7 +49,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 def app_of(world: World, looked: Looked) -> App:
-    app = App(world.config, world.store, world.telemetry, SimpleNamespace(runner=None))  # type: ignore[arg-type]
+    gateway = Gateway(world.config, world.store, None, world.telemetry)  # type: ignore[arg-type]
+    app = App(world.config, world.store, world.telemetry, SimpleNamespace(runner=None), gateway)  # type: ignore[arg-type]
     app.investigation = looked  # type: ignore[assignment]
     return app
 

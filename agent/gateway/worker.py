@@ -1,0 +1,108 @@
+"""The other side of a process channel: one diagnosis engine in a process of its own, with limits.
+
+Run as `python -m agent.gateway.worker` by `agent.gateway.channel` with two pipes. It ends with its parent, is the first
+to be killed when memory runs out, and gives way to everything else (idle class, nice 19). What the engine prints goes
+nowhere.
+
+Frames are a length (u32, big-endian) and as many bytes. The first frame is JSON (`Setting`), answered when the packs
+are read. Each further frame is a pickled `Situation` (the parent is trusted, the engine need not be); the answer is
+JSON: `{"diagnosis": ...}` or `{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+LENGTH = struct.Struct(">I")
+MAX_FRAME = 1 << 30
+PR_SET_PDEATHSIG = 1
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    dirs: tuple[str, ...] = ()
+    disable: tuple[str, ...] = ()
+    model: str = ""
+    engine: str = ""  # module:function of (situation, packs); "": ours
+    memory_bytes: int = 0
+    path: tuple[str, ...] = ()  # where modules are looked for
+
+
+def read_frame(source: BinaryIO) -> bytes:
+    """Raises EOFError when the other side is gone."""
+    head = source.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        raise EOFError
+    body = source.read(LENGTH.unpack(head)[0])
+    if len(body) < LENGTH.unpack(head)[0]:
+        raise EOFError
+    return body
+
+
+def _limit(setting: Setting, parent: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that was set
+        os._exit(1)
+    os.nice(19)
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    resource.setrlimit(resource.RLIMIT_AS, (setting.memory_bytes, setting.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _engine(setting: Setting) -> Callable[[Any], Any]:
+    from agent.packs import load_packs
+
+    packs = load_packs([Path(d) for d in setting.dirs], setting.disable, Path(setting.model) if setting.model else None)
+    if setting.engine:
+        module, _, name = setting.engine.partition(":")
+        function = getattr(importlib.import_module(module), name)
+    else:
+        from rules.diagnose import diagnose as function
+    return lambda situation: function(situation, packs)
+
+
+def _answer(diagnose: Callable[[Any], Any], body: bytes) -> bytes:
+    try:
+        return msgspec.json.encode({"diagnosis": diagnose(pickle.loads(body))})  # noqa: S301 - from the parent alone
+    except Exception as error:  # noqa: BLE001 - whatever an engine raises is its answer
+        return msgspec.json.encode({"error": f"{type(error).__name__}: {error}"[:500]})
+
+
+def main() -> None:
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    setting = msgspec.json.decode(read_frame(source), type=Setting)
+    sys.path[:0] = [p for p in setting.path if p not in sys.path]
+    _limit(setting, int(sys.argv[1]))
+    try:
+        diagnose = _engine(setting)
+        first = msgspec.json.encode({"ready": True})
+    except Exception as error:  # noqa: BLE001 - told to the parent, which is told to the person
+        diagnose, first = None, msgspec.json.encode({"error": f"{type(error).__name__}: {error}"[:500]})
+    while True:
+        sink.write(LENGTH.pack(len(first)) + first)
+        sink.flush()
+        if diagnose is None:
+            return
+        try:
+            body = read_frame(source)
+        except EOFError:
+            return
+        first = _answer(diagnose, body)
+
+
+if __name__ == "__main__":
+    main()
