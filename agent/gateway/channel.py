@@ -186,7 +186,7 @@ class ProcessChannel:
             self._process = None
         code = ""
         if process is not None:
-            await _ended(process)
+            await _ended(process, by_itself=isinstance(error, EOFError))
             code = f" (exit status {process.returncode})"
         text = "it ended" if isinstance(error, EOFError) else str(error) or type(error).__name__
         self.problem = f"{text}{code}"
@@ -209,7 +209,11 @@ def _give_way(pid: int) -> None:
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
-async def _ended(process: asyncio.subprocess.Process) -> None:
+async def _ended(process: asyncio.subprocess.Process, *, by_itself: bool = False) -> None:
+    """Ends it. One that closed its pipe is about to end `by_itself`, with an exit status that says something."""
+    if by_itself:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), GRACE_SECONDS)
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
