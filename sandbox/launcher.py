@@ -364,7 +364,7 @@ def _rlimits(limits: Limits, controllers: frozenset[str]) -> dict[int, int]:
     """
     share = limits.cpu_quota_us / limits.cpu_period_us
     wanted = {
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # less than any dump; 0 would still feed a core_pattern that is a pipe (core(5))
         resource.RLIMIT_NOFILE: limits.open_files,
         resource.RLIMIT_FSIZE: limits.file_bytes,
         resource.RLIMIT_AS: -1 if "memory" in controllers else limits.memory_bytes * ADDRESS_SPACE_FACTOR,
