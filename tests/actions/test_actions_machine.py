@@ -114,6 +114,16 @@ def keep_the_laws(data: st.DataObject) -> None:
     assert bool(stops) <= (outcome.result == "handed_over")
 
 
+def test_the_world_is_one_in_which_steps_take_effect() -> None:
+    """The runner takes whatever its sandbox raises for a lost run: a world of the wrong shape would test nothing."""
+    made = plan(*random_steps(lambda choices: choices[0]))
+    ledger = CrashingLedger()
+    world = World(made, lambda choices: choices[0], ledger, Clock(), crashes_left=0)
+    ledger.world = world
+    outcome = asyncio.run(live_through(world, ledger))
+    assert (outcome.result, world.executions) == ("verified", {0: 1})
+
+
 EVENTS = list(StepState)
 
 

@@ -243,6 +243,7 @@ def told(tally: Tally) -> str:
 def test_seeded_schedules_keep_the_laws(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tally = run_schedules(range(SEEDED), directory)
     assert tally.crashes > SEEDED // 2
+    assert tally.effects > SEEDED // 5  # the world is still one in which something happens
     assert tally.torn
     with capsys.disabled():
         print(told(tally))
@@ -252,5 +253,6 @@ def test_seeded_schedules_keep_the_laws(directory: Path, capsys: pytest.CaptureF
 def test_ten_thousand_schedules_keep_the_laws(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tally = run_schedules(range(SEEDED, SEEDED + FULL), directory)
     assert tally.schedules == FULL
+    assert tally.effects > FULL // 5
     with capsys.disabled():
         print(told(tally))

@@ -108,6 +108,7 @@ class World:
         stdin: bytes = b"",
         protection: Protection = "automatic",
         leaf: str = "",
+        **_: object,
     ) -> RunResult:
         await asyncio.sleep(0)
         self.late_effects()
@@ -148,7 +149,7 @@ class World:
             raise OSError("the sandbox broke")
         return RunResult(exit_code={"done": 0, "refused": NOTHING_DONE}.get(str(how), 1), seconds=1.0)
 
-    async def kill_leaf(self, leaf: str, deadline_seconds: float) -> bool:
+    async def kill_leaf(self, leaf: str, deadline_seconds: float, host: str = "") -> bool:
         await asyncio.sleep(0)
         self.late_effects()
         self.maybe_crash()
@@ -158,7 +159,7 @@ class World:
         self.flying.pop(leaf, None)
         return True
 
-    def leaf_name(self) -> str:
+    def leaf_name(self, host: str = "") -> str:
         self.leaf_count = getattr(self, "leaf_count", 0) + 1
         return f"run-{self.leaf_count}" if self.has_leaves else ""
 
