@@ -14,7 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox import cgroup
+from sandbox import cgroup, direct
 from sandbox.model import EnforcedBy, Limits, Totals
 
 _HELP_MOUNT = (
@@ -106,6 +106,23 @@ def _delegated(directory: Path, mount: cgroup.Mount) -> bool:
     return os.geteuid() != 0 and directory.stat().st_uid == os.geteuid()
 
 
+def _enter(trial: cgroup.Leaf) -> str:
+    """Starts a process in the leaf, as runs will be. What is in the way, or ""."""
+    if direct.unavailable():
+        command = ["/bin/sh", "-c", 'echo 0 > "$1"', "probe", str(trial.procs)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+        return done.stderr.strip() or f"exit code {done.returncode}" if done.returncode != 0 else ""
+    leaf = os.open(trial.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        pid, pidfd = direct.start([direct.unmask(), direct.execute(["/bin/true"], {})], leaf)
+    except (OSError, direct.Failed) as x:
+        return str(x)
+    finally:
+        os.close(leaf)
+    os.close(pidfd)
+    return "" if os.waitpid(pid, 0)[1] == 0 else "/bin/true failed in it"
+
+
 def _try(base: Path, totals: Totals | None, *, owned: bool, v1: bool) -> Capability:
     """Makes the node below `base` and a trial leaf in it. _Unusable or OSError: not here."""
     cgroup.enable(base, owned=owned)
@@ -118,15 +135,8 @@ def _try(base: Path, totals: Totals | None, *, owned: bool, v1: bool) -> Capabil
         if not (trial.path / "cgroup.kill").exists():
             raise _Unusable("the kernel has no cgroup.kill (Linux 5.14 or newer has)")
         trial.limit(Limits(), controllers)
-        enter = subprocess.run(
-            ["/bin/sh", "-c", 'echo 0 > "$1"', "probe", str(trial.procs)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-        if enter.returncode != 0:
-            raise _Unusable(f"no process can enter a leaf: {enter.stderr.strip()}")
+        if refused := _enter(trial):
+            raise _Unusable(f"no process can enter a leaf: {refused}")
         if not trial.kill(5.0):
             raise _Unusable("a trial leaf did not become empty")
     except subprocess.SubprocessError as x:

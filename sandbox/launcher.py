@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import grp
 import os
 import pwd
@@ -174,8 +175,6 @@ def _identity(user: str) -> Identity | None:
         return None
     if os.geteuid() != 0:
         raise CannotStart(f"cannot run as {user!r}: only an agent that runs as root can change the user")
-    if not shutil.which("setpriv", path=DEFAULT_PATH):
-        raise CannotStart("cannot change the user: setpriv not found (Debian: apt-get install util-linux)")
     groups = {entry.pw_gid, *(g.gr_gid for g in grp.getgrall() if entry.pw_name in g.gr_mem)}
     return Identity(entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
 
@@ -190,7 +189,7 @@ def spawn(
 ) -> Started:
     """Starts the program in `workdir`, in the leaf whose cgroup.procs is `procs`. Returns when the launcher runs.
 
-    Raises CannotStart or OSError. What the launcher itself cannot do is said on the child's stderr (`launch_error`).
+    Raises CannotStart or OSError. What a shell or bubblewrap in between cannot do is known only later (`launch_error`).
     """
     profile = profile or Profile()
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as kept:
@@ -316,7 +315,7 @@ def _secret_files(command: Command, passed: list[int], ours: contextlib.ExitStac
 
 def _memory_file(name: str, data: bytes, ours: contextlib.ExitStack) -> int:
     """A descriptor to read `data` from: a file in memory, so that no one has to feed a pipe while the program runs."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    fd = _above(os.memfd_create(name, os.MFD_CLOEXEC))
     ours.callback(os.close, fd)
     with os.fdopen(os.dup(fd), "wb") as f:
         f.write(data)
@@ -324,9 +323,19 @@ def _memory_file(name: str, data: bytes, ours: contextlib.ExitStack) -> int:
     return fd
 
 
+def _above(fd: int) -> int:
+    """The descriptor, moved away from 0, 1 and 2, which an agent may have been started without."""
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
 def _pipe(kept: contextlib.ExitStack, ours: contextlib.ExitStack) -> tuple[int, int]:
     """A pipe whose read end, non-blocking, is closed with `kept` and whose write end with `ours`."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
+    reading, writing = (_above(fd) for fd in os.pipe2(os.O_CLOEXEC))
     kept.callback(os.close, reading)
     ours.callback(os.close, writing)
     os.set_blocking(reading, False)
@@ -385,13 +394,15 @@ def _become(identity: Identity | None) -> list[str]:
     if identity is None:
         return []
     ids = [f"--reuid={identity.uid}", f"--regid={identity.gid}", f"--groups={','.join(map(str, identity.groups))}"]
-    program = shutil.which("setpriv", path=DEFAULT_PATH) or "setpriv"
+    program = shutil.which("setpriv", path=DEFAULT_PATH)
+    if program is None:
+        raise CannotStart("cannot change the user: setpriv not found (Debian: apt-get install util-linux)")
     return [program, *ids, "--inh-caps=-all", "--no-new-privs", "--"]
 
 
 def _stdin(data: bytes, ours: contextlib.ExitStack) -> int:
     if data:
         return _memory_file("stdin", data, ours)
-    fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _above(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
     ours.callback(os.close, fd)
     return fd

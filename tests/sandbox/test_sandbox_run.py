@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -309,3 +310,18 @@ async def test_results_and_limits_are_json() -> None:
 async def test_every_result_says_what_enforced_the_limits(each_mode: sandbox.Capability) -> None:
     assert (await run(["true"], ROOMY)).enforced_by is each_mode.enforced_by
     assert (await run(["/no/such"], ROOMY)).enforced_by is each_mode.enforced_by
+
+
+CLOSED = """
+import asyncio, os, sandbox, sys
+results = os.dup(1)
+for fd in (0, 1, 2):
+    os.close(fd)
+result = asyncio.run(sandbox.run(["/bin/sh", "-c", "cat; echo out; echo err >&2"], sandbox.Limits(), stdin=b"in "))
+os.write(results, repr((result.stdout, result.stderr, result.error)).encode())
+"""
+
+
+def test_an_agent_without_standard_descriptors() -> None:
+    done = subprocess.run([sys.executable, "-c", CLOSED], stdout=subprocess.PIPE, timeout=60)
+    assert done.stdout == repr(("in out\n", "err\n", "")).encode()
