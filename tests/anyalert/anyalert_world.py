@@ -71,6 +71,17 @@ def rules() -> tuple[RuleOf, ...]:
     return tuple(found)
 
 
+@lru_cache
+def systems() -> tuple[RuleOf, ...]:
+    """An alert that nobody knows by name for each pack entry that goes by metrics."""
+    found = []
+    for key, known in sorted(packs().alerts.items()):
+        if known.metrics:
+            expression = f"{known.metrics[0].replace('*', 'something')} > 1"
+            found.append(RuleOf("custom", f"Custom_{key}", "page", expression, 0.0, {"severity": "page"}, {}))
+    return tuple(found)
+
+
 def rule_file() -> dict[str, Any]:
     """The alerting rules as Prometheus' own rule file; recording rules would only cost evaluations."""
     groups = []
@@ -110,8 +121,10 @@ def label_names(rule: RuleOf) -> set[str]:
         names |= {"job"}
     elif expression.metrics:
         names |= {"job", "instance"}
-    entry = entry_of({"alertname": rule.name}, (), packs().alerts)
-    kind = entry.subject if entry is not None else ""
+    if rule.group == "custom":
+        names |= {"namespace", "pod"}
+    known = entry_of({"alertname": rule.name}, expression.metrics, packs().alerts)
+    kind = known.subject if known is not None else ""
     if kind and kind not in ("alert", "cluster"):
         names |= set(ENTITIES[kind])
     return names - {"alertname", "severity", "short", "long", "value"} | {"cluster"}
@@ -149,13 +162,14 @@ def alert_of(rule: RuleOf, scenario: str, starts_at: float) -> Alert:
         labels=labels,
         annotations={k: LABEL.sub(lambda m: labels.get(m[1], ""), v) for k, v in rule.annotations.items()},
         starts_at=starts_at,
-        generator_url="",
+        generator_url=f"http://p/graph?{urlencode({'g0.expr': rule.expression})}" if rule in systems() else "",
         digest=scenario,
     )
 
 
 def entry(rule: RuleOf) -> AlertEntry:
-    found = entry_of({"alertname": rule.name, "severity": rule.severity}, (), packs().alerts)
+    metrics = read(rule.expression).metrics
+    found = entry_of({"alertname": rule.name, "severity": rule.severity}, metrics, packs().alerts)
     assert found is not None, f"no pack knows {rule.name}"
     return found
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from anyalert_world import Scenario, Server, backfill, entry, rule_file, rules
+from anyalert_world import Scenario, Server, backfill, entry, rule_file, rules, systems
 
 PER_ALERT = 2  # causes that `make test` simulates for each alert of its subset
 
 
 def scenarios(full: bool, ends_at: float) -> list[Scenario]:
-    """Two causes for every third alert, or, in full, every cause of every alert. Watchdogs have nothing to simulate."""
+    """Two causes for two of three alerts and one cause for each other system, or, in full, every cause of every alert.
+    Watchdogs have nothing to simulate."""
     found = []
     for i, rule in enumerate(rules()):
         causes = entry(rule).causes
@@ -24,6 +25,9 @@ def scenarios(full: bool, ends_at: float) -> list[Scenario]:
             continue
         for j, cause in enumerate(causes if full else causes[:PER_ALERT]):
             found.append(Scenario(f"{i}-{j}", rule, cause, ends_at))
+    for i, rule in enumerate(systems()):
+        for j, cause in enumerate(entry(rule).causes if full else entry(rule).causes[:1]):
+            found.append(Scenario(f"{i}-s{j}", rule, cause, ends_at))
     return found
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from anyalert_world import STEP, Scenario, Server, alert_of, entry, labels_of, packs, recipes, rules
+from anyalert_world import STEP, Scenario, Server, alert_of, entry, labels_of, packs, recipes, rules, systems
 
 from agent.config import Config
 from agent.config import Prometheus as Section
@@ -57,7 +57,8 @@ def test_there_are_139_rules_and_a_pack_knows_each() -> None:
 def test_every_signal_of_an_alert_has_its_series() -> None:
     """So that the simulation below leaves nothing out."""
     known = packs()
-    named = {line.group for rule in RULES for c in entry(rule).causes for line in known.causes[c].evidence}
+    every = (*RULES, *systems())
+    named = {line.group for rule in every for c in entry(rule).causes for line in known.causes[c].evidence}
     assert {n for n, s in known.signals.items() if s.group in named and s.derive is None} <= set(recipes())
 
 
@@ -67,7 +68,7 @@ async def test_every_query_of_every_alert_is_accepted(prometheus: Server) -> Non
     asked = 0
     async with source(prometheus.url) as client:
         listed = Expressions(rules_of(client))
-        for i, rule in enumerate(RULES):
+        for i, rule in enumerate((*RULES, *systems())):
             made = situations(client, 1e9)
             made.expressions = listed
             situation = await made.around((alert_of(rule, f"q{i}", 1e9 - 600),))
