@@ -37,7 +37,7 @@ test: .venv/installed-dev ## all tests, heavy suites as seeded subsets (under 10
 	@$(PYTEST) -m "not full"
 
 test-full: .venv/installed-dev ## all tests at full volume
-	@tools/install-debian test
+	@tools/install-debian full
 	@tools/install-helm full
 	@tools/build-apiserver
 	@$(PYTEST)
