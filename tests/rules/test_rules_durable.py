@@ -53,7 +53,7 @@ def equal(rules: dict[str, Rule], situations: list[dict[str, list[Record]]]) -> 
         engine.close()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(rules=st.lists(RULES, min_size=1, max_size=5), situations=st.lists(RECORDS, min_size=1, max_size=6))
 def test_it_equals_the_built_in_matcher(
     installed: None, rules: list[Rule], situations: list[dict[str, list[Record]]]

@@ -159,7 +159,7 @@ PLACES: list[tuple[str | int, ...]] = [
 ]
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     place=st.sampled_from(PLACES),
     value=st.recursive(

@@ -141,19 +141,19 @@ async def test_the_connection_dies_during_the_answers(whole: Make, shop: Shop) -
 
 async def test_a_hundred_thousand_series(whole: Make, between: tuple[str, dict[str, Mode]], shop: Shop) -> None:
     """One metric explodes: what is over the bound is named, and the rest of the incident is diagnosed all the same."""
-    row = '{{"metric":{{"service":"orders","id":"{0}"}},"values":[[{1},"1"],[{2},"2"]]}}'
-    ends = (shop.past.onset - 600, shop.past.end)
-    body = ",".join(row.format(n, *ends) for n in range(100_000))
+    row = '{{"metric":{{"service":"orders","id":"{0}"}},"values":[[{1},"1"]]}}'
+    body = ",".join(row.format(n, shop.past.end) for n in range(100_000))
     GARBAGE["flood"] = f'{{"status":"success","data":{{"resultType":"matrix","result":[{body}]}}}}'.encode()
     url, modes = between
-    modes["mode"] = lambda query: "flood" if "scrape_duration" in query else "pass"
+    once = ["flood"]
+    modes["mode"] = lambda query: once.pop() if once and "scrape_duration" in query else "pass"
     try:
-        one = await whole(url)
+        one = await whole(url, timeout_seconds=120.0)
         incident = await one.diagnosed(await one.alert())
     finally:
         del GARBAGE["flood"]
     assert incident.diagnosis is not None
     missing: dict[str, Any] = told(incident)
-    assert set(missing) == {"scrape_seconds"}
-    assert "100000 series, only the first" in missing["scrape_seconds"]
+    (reason,) = missing.values()
+    assert "100000 series, only the first" in reason
     assert incident.diagnosis.hypotheses[0].service == "orders"
