@@ -87,7 +87,7 @@ class Whole:
             None,  # type: ignore[arg-type]
             self.telemetry,
             lambda id, at: None,
-            lambda: float(self.past.end),
+            clock=lambda: float(self.past.end),
         )
 
     async def alert(self, service: str = "front", name: str = "HighLatency") -> str:
