@@ -190,6 +190,8 @@ async def _bench(steps: int, directory: Path) -> dict[str, Any]:
             "idle": idle,
             "bare_spawns": bare,
             "planned_steps": ours,
+            "p99_to_bare_spawns": round(ours["p99_ms"] / max(0.01, bare["p99_ms"]), 2),
+            "p99_above_idle_ms": round(ours["p99_ms"] - idle["p99_ms"], 2),
             "records": store.state.seq,
             "load": round(os.getloadavg()[0], 1),
             "aim_p99_ms": AIM_MS,
