@@ -75,7 +75,12 @@ def checked(body: bytes, seconds: float, version: str = "") -> Answer:
         return none("invalid", "neither a diagnosis nor an error", version, seconds)
     if why := sound(reply.diagnosis):
         return none("invalid", why, version, seconds)
-    return Answer(short=answered(reply.diagnosis), diagnosis=reply.diagnosis, seconds=seconds)
+    short = answered(reply.diagnosis)
+    return Answer(
+        short=msgspec.structs.replace(short, version=version or short.version),
+        diagnosis=reply.diagnosis,
+        seconds=seconds,
+    )
 
 
 class ProcessChannel:
@@ -172,7 +177,7 @@ class ProcessChannel:
                 reply = msgspec.json.decode(await self._exchange(process, msgspec.json.encode(self._setting)))
             if reply.get("error"):
                 raise ValueError(str(reply["error"]))
-            self._process, self.problem = process, ""
+            self._process, self.problem, self.version = process, "", str(reply.get("version", ""))
         except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
             await self._failed(process, error)
         finally:
@@ -241,7 +246,7 @@ class HttpChannel:
         seconds = time.perf_counter() - begin
         if status != 200:
             return none("crashed", f"HTTP {status}", self.version, seconds)
-        return checked(body, seconds, self.version)
+        return checked(body, seconds)
 
     async def _post(self, frozen: Frozen) -> tuple[int, bytes]:
         if self._session is None:

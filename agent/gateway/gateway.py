@@ -28,7 +28,7 @@ from agent.fold_gateway import ChannelMoved, GatewayCompared, GatewayJudged, Gat
 from agent.fold_model import Incident
 from agent.gateway.channel import Answer, Channel, Frozen, HttpChannel, ProcessChannel, none
 from agent.gateway.score import agree, answered, decision, differences
-from agent.gateway.worker import Setting
+from agent.gateway.worker import Setting, version_of
 from agent.incidents import Changes
 from agent.journal.records import Stored
 from agent.journal.wal import JournalError
@@ -92,6 +92,7 @@ class Gateway:
         self._config = config.gateway
         self._stable = _setting(config.packs, config.gateway.memory_bytes)
         self.packs = PackSet(())
+        self.version = ""  # of the primary channel
         self._store, self._situations, self._telemetry = store, situations, telemetry
         self.on_primary: Callable[[PackSet], None] = lambda _: None
         self._clock = clock
@@ -106,12 +107,13 @@ class Gateway:
         """`packs` are the stable channel's. Takes up the roles that the journal tells; a candidate that has changed
         since it was promoted is none."""
         self.packs, state = packs, self.state
+        self.version = await asyncio.to_thread(version_of, self._stable, packs.version)
         if state.primary == "candidate":
             promoted = await self._candidate_packs_or_none()
-            if promoted is None or promoted.version != state.promoted_version:
+            if promoted is None or promoted[1] != state.promoted_version:
                 await self._moved("stable", "the candidate is not configured any more, or was changed", "alertmedic")
             else:
-                self._take(promoted)
+                self._take(*promoted)
         self._open_b()
         self._started = True
         self._leave = self._store.subscribe(self._watch)
@@ -195,7 +197,7 @@ class Gateway:
         begin = time.perf_counter()
         made = diagnosis or diagnose(situation, self.packs)
         # The channel's version: what people's feedback has moved since is on top of it, and no other channel.
-        short = msgspec.structs.replace(answered(made), version=self.packs.version)
+        short = msgspec.structs.replace(answered(made), version=self.version)
         return Answer(short=short, diagnosis=made, seconds=time.perf_counter() - begin)
 
     async def _ask_b(self, frozen: Frozen, budget: float) -> Answer:
@@ -306,20 +308,20 @@ class Gateway:
             if self.state.primary == "candidate":
                 raise GatewayError(409, "the candidate is primary already")
             try:
-                packs = await self._candidate_packs()
+                found = await self._candidate_packs()
             except (PackError, OSError) as error:
                 raise GatewayError(409, f"the candidate's packs cannot be read: {error}"[:500]) from error
-            if packs is None:
+            if found is None:
                 raise GatewayError(409, "no candidate that may act is configured: an endpoint or engine only advises")
             if not force:
-                self._guard_promotion(packs)
-            await self._moved("candidate", note or "promoted by the score", who, packs.version)
-            self._take(packs)
+                self._guard_promotion(found[1])
+            await self._moved("candidate", note or "promoted by the score", who, found[1])
+            self._take(*found)
             await self._reopen_b()
 
-    def _guard_promotion(self, packs: PackSet) -> None:
+    def _guard_promotion(self, version: str) -> None:
         board, least = self.state.board, self._config.min_judged
-        if board.b_version != packs.version:
+        if board.b_version != version:
             raise GatewayError(409, "the score is not about the candidate as it is configured now")
         if board.judged < least:
             raise GatewayError(409, f"{board.judged} comparisons are judged, at least {least} are needed")
@@ -331,9 +333,9 @@ class Gateway:
         async with self._moving:
             if self.state.primary == "stable":
                 raise GatewayError(409, "the stable channel is primary already")
-            packs = await asyncio.to_thread(_load, self._stable)
+            packs, version = await asyncio.to_thread(_load, self._stable)
             await self._moved("stable", note or "rolled back by hand", who)
-            self._take(packs)
+            self._take(packs, version)
             await self._reopen_b()
 
     def _watch(self, stored: Stored, _: Changes) -> None:
@@ -357,17 +359,17 @@ class Gateway:
             ChannelMoved(at=self._clock(), before=before, after=after, version=version, reason=reason[:500], who=who)
         )
 
-    def _take(self, packs: PackSet) -> None:
-        self.packs = packs
+    def _take(self, packs: PackSet, version: str) -> None:
+        self.packs, self.version = packs, version
         self.on_primary(packs)
 
-    async def _candidate_packs(self) -> PackSet | None:
+    async def _candidate_packs(self) -> tuple[PackSet, str] | None:
         candidate = self._config.candidate
         if candidate is None or candidate.url or candidate.engine:
             return None
         return await asyncio.to_thread(_load, _setting(candidate, 0))
 
-    async def _candidate_packs_or_none(self) -> PackSet | None:
+    async def _candidate_packs_or_none(self) -> tuple[PackSet, str] | None:
         try:
             return await self._candidate_packs()
         except (PackError, OSError) as error:
@@ -402,8 +404,11 @@ def _setting(of: Any, memory_bytes: int) -> Setting:
     )
 
 
-def _load(setting: Setting) -> PackSet:
-    return load_packs([Path(d) for d in setting.dirs], setting.disable, Path(setting.model) if setting.model else None)
+def _load(setting: Setting) -> tuple[PackSet, str]:
+    """Packs and version of a channel."""
+    model = Path(setting.model) if setting.model else None
+    packs = load_packs([Path(d) for d in setting.dirs], setting.disable, model)
+    return packs, version_of(setting, packs.version)
 
 
 def freeze(situation: Situation, trace: str, flags: dict[str, bool]) -> Frozen:

@@ -20,6 +20,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +38,19 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = ""  # module:function of (situation, packs); "": ours
     memory_bytes: int = 0
     path: tuple[str, ...] = ()  # where modules are looked for
+
+
+def version_of(setting: Setting, version: str) -> str:
+    """The version of packs and model, and a digest of the files of one's own: an edited pack is another channel,
+    whether or not its author counted its version up. Reads files; raises OSError."""
+    files = [path for d in setting.dirs for path in sorted(Path(d).iterdir()) if path.suffix == ".yaml"]
+    files += [Path(setting.model)] if setting.model else []
+    if not files:
+        return version
+    digest = blake2b(digest_size=6)
+    for path in files:
+        digest.update(blake2b(path.read_bytes()).digest())
+    return f"{version} #{digest.hexdigest()}"
 
 
 def read_frame(source: BinaryIO) -> bytes:
@@ -60,16 +74,18 @@ def _limit(setting: Setting, parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _engine(setting: Setting) -> Callable[[Any], Any]:
+def _engine(setting: Setting) -> tuple[Callable[[Any], Any], str]:
+    """What to ask, and its version; "": each answer brings its own."""
     from agent.packs import load_packs
 
     packs = load_packs([Path(d) for d in setting.dirs], setting.disable, Path(setting.model) if setting.model else None)
     if setting.engine:
         module, _, name = setting.engine.partition(":")
         function = getattr(importlib.import_module(module), name)
-    else:
-        from rules.diagnose import diagnose as function
-    return lambda situation: function(situation, packs)
+        return lambda situation: function(situation, packs), ""
+    from rules.diagnose import diagnose
+
+    return lambda situation: diagnose(situation, packs), version_of(setting, packs.version)
 
 
 def _answer(diagnose: Callable[[Any], Any], body: bytes) -> bytes:
@@ -88,8 +104,8 @@ def main() -> None:
     sys.path[:0] = [p for p in setting.path if p not in sys.path]
     _limit(setting, int(sys.argv[1]))
     try:
-        diagnose = _engine(setting)
-        first = msgspec.json.encode({"ready": True})
+        diagnose, version = _engine(setting)
+        first = msgspec.json.encode({"version": version})
     except Exception as error:  # noqa: BLE001 - told to the parent, which is told to the person
         diagnose, first = None, msgspec.json.encode({"error": f"{type(error).__name__}: {error}"[:500]})
     while True:

@@ -31,9 +31,9 @@ async def score(gateway: Gateway, times: int, right: str) -> None:
     """Recorded and judged comparisons in which one channel alone was right."""
     candidate = await gateway._candidate_packs()
     assert candidate is not None
-    versions = (gateway.packs.version, candidate.version)
+    versions = (gateway.version, candidate[1])
     if gateway.state.primary == "candidate":
-        versions = (candidate.version, "old")
+        versions = (candidate[1], "old")
     for n in range(times):
         trace = f"{right}{n}-{gateway.state.compared}"
         a, b = (Answered(status="ok", version=v, cause=c, service="s") for v, c in zip(versions, "ab", strict=True))
@@ -45,7 +45,7 @@ async def score(gateway: Gateway, times: int, right: str) -> None:
 
 async def test_only_the_score_promotes(open_gateway: Open, candidate: Candidate) -> None:
     gateway = await open_gateway(candidate=candidate, min_judged=8)
-    stable = gateway.packs.version
+    stable = gateway.version
     with pytest.raises(GatewayError, match="not about the candidate"):
         await gateway.promote("me", "")
     await score(gateway, 7, "b")
@@ -60,6 +60,7 @@ async def test_only_the_score_promotes(open_gateway: Open, candidate: Candidate)
     await gateway.promote("me", "it is better")
     assert gateway.state.primary == "candidate"
     assert told == [gateway.packs.version] != [stable]
+    assert gateway.state.promoted_version == gateway.version == f"{told[0]} #{gateway.version[-12:]}"
     assert gateway.state.board.judged == 0  # the roles are others now
     with pytest.raises(GatewayError, match="already"):
         await gateway.promote("me", "", force=True)
@@ -67,7 +68,7 @@ async def test_only_the_score_promotes(open_gateway: Open, candidate: Candidate)
     assert isinstance(gateway.b, ProcessChannel)
     await gateway.b.ready()
     found = await ask(gateway)
-    assert (found.a.short.version, found.b.short.version) == (told[0], stable)
+    assert (found.a.short.version, found.b.short.version) == (gateway.version, stable)
     gateway = await open_gateway(candidate=candidate)
     assert (gateway.state.primary, gateway.packs.version) == ("candidate", told[0])
     await gateway.rollback("me", "")
@@ -92,7 +93,8 @@ async def test_a_regress_is_taken_back_by_itself(open_gateway: Open, candidate: 
 async def test_a_candidate_that_was_changed_since_is_not_primary(open_gateway: Open, candidate: Candidate) -> None:
     gateway = await open_gateway(candidate=candidate)
     await gateway.promote("me", "", force=True)
-    (candidate.dirs[0] / "another.yaml").write_text("pack: another\nversion: 1\ndescription: Another\n")
+    with (candidate.dirs[0] / "more.yaml").open("a") as file:
+        file.write("# edited, and its version not counted up\n")
     gateway = await open_gateway(candidate=candidate)
     assert (gateway.state.primary, gateway.state.moves[-1].who) == ("stable", "alertmedic")
 
