@@ -1,8 +1,7 @@
 """What a sandboxed run costs, against a bare asyncio spawn and against bubblewrap.
 
 `bench(seconds)` starts /bin/true over and over, in turn by each of: `asyncio.create_subprocess_exec` (`bare`), our
-`run` with its default limits (`run`), the same as user nobody (`run_as_user`, root only), the same with nothing of the
-host needed, which puts bubblewrap in between (`run_isolated`), `bwrap --ro-bind / /`
+`run` with its default limits (`run`), the same as user nobody (`run_as_user`, root only), `bwrap --ro-bind / /`
 (`bwrap`) and the same with `--unshare-all` (`bwrap_unshare_all`). Rounds are interleaved, so that a noisy moment hits
 all alike; the ratios to `bare` are what means anything on another machine, of the medians and, since a busy machine
 is worse for whoever hands over more often, of the fastest tenths. Ours does more than bubblewrap: limits, working
@@ -33,7 +32,6 @@ import sandbox
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "/bin/true"
 LEAST_ROUNDS = 20
-ALONE = sandbox.Needs(network="none", processes="own", write=())
 
 
 async def _bare(*prefix: str) -> None:
@@ -42,8 +40,8 @@ async def _bare(*prefix: str) -> None:
         raise RuntimeError(f"bench: {' '.join(prefix)} {PROGRAM} exited with {process.returncode}")
 
 
-async def _ours(user: str = "", needs: sandbox.Needs | None = None) -> None:
-    result = await sandbox.run([PROGRAM], sandbox.Limits(timeout_seconds=60), user=user, needs=needs)
+async def _ours(user: str = "") -> None:
+    result = await sandbox.run([PROGRAM], sandbox.Limits(timeout_seconds=60), user=user)
     if not result.ok:
         raise RuntimeError(f"bench: sandboxed run failed: {result}")
 
@@ -53,7 +51,6 @@ async def _rounds(seconds: float) -> dict[str, list[float]]:
     if os.geteuid() == 0:
         contestants["run_as_user"] = lambda: _ours("nobody")
     if shutil.which("bwrap"):
-        contestants["run_isolated"] = lambda: _ours(needs=ALONE)
         contestants["bwrap"] = lambda: _bare("bwrap", "--ro-bind", "/", "/")
         contestants["bwrap_unshare_all"] = lambda: _bare("bwrap", "--ro-bind", "/", "/", "--unshare-all")
     taken: dict[str, list[float]] = {name: [] for name in contestants}
