@@ -43,6 +43,7 @@ class About:
     hold_seconds: float
     told: Mapping[str, Told]
     tenant: str
+    seconds: float = 0.0  # that finding this out took, of the one deadline for all evidence
 
 
 @dataclass(slots=True)
@@ -150,7 +151,8 @@ class Situations:
     async def about(self, alerts: tuple[Alert, ...], firing: Sequence[Alert], tenant: str) -> About:
         """What an incident of these alerts is about."""
         tenant = self.config.prometheus.tenant or tenant
-        told = await self.expressions.of(alerts, tenant, self.config.prometheus.timeout_seconds)
+        began = time.monotonic()
+        told = await self.expressions.of(alerts, tenant, self.config.prometheus.timeout_seconds / 3.0)
         entries = [entry_of(a.labels, _metrics(told[a.fingerprint]), self.packs.alerts) for a in alerts]
         hold = min((t.hold_seconds for t in told.values()), default=0.0)
         return About(
@@ -160,6 +162,7 @@ class Situations:
             hold_seconds=hold if hold >= HOLD_COUNTS else 0.0,
             told=told,
             tenant=tenant,
+            seconds=time.monotonic() - began,
         )
 
     async def _gather(
@@ -189,8 +192,9 @@ class Situations:
             alerts=tuple(dict(alert.labels) for alert in about.alerts),
         )
         limits = self.config.investigate
+        left = max(prometheus.timeout_seconds - about.seconds, prometheus.timeout_seconds / 2.0)
         budget = Budget(limits.max_queries, limits.max_series, limits.max_samples)
-        evidence = await gather(self.sources, request, prometheus.timeout_seconds, budget)
+        evidence = await gather(self.sources, request, left, budget)
         return (*evidence, *_expressions(about))
 
     async def _topology(self, now: float) -> Topology:
