@@ -99,7 +99,7 @@ class World:
             self.verifier,  # type: ignore[arg-type]
             self.telemetry,
             lambda id, at: self.wakes.append((id, at)),
-            lambda: self.now,
+            clock=lambda: self.now,
         )
 
     async def alert(self, status: AlertStatus = "firing", name: str = "Slow", **more: Any) -> str:
