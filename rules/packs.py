@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -394,13 +394,19 @@ def _holds_struct(kind: Any) -> bool:
     return (isinstance(kind, type) and issubclass(kind, msgspec.Struct)) or Reference in get_args(kind)
 
 
+@cache
+def _fields(kind: type[msgspec.Struct]) -> dict[str, msgspec.structs.FieldInfo]:
+    """By the name in a file. Looked up once a type: it resolves every annotation anew, most of the time of a start."""
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+
+
 def _convert_struct(
     kind: type[msgspec.Struct], data: object, path: tuple[str | int, ...], faults: list[Fault]
 ) -> msgspec.Struct | None:
     if not isinstance(data, Mapping):
         faults.append(Fault(path, f"expected a mapping, got {type(data).__name__}"))
         return None
-    fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
+    fields = _fields(kind)
     before = len(faults)
     for key in data:
         if key not in fields:
