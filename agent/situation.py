@@ -68,22 +68,18 @@ class Situations:
         return self._known or self.topology
 
     def entry(self, alerts: Sequence[Alert], told: Mapping[str, Told]) -> str:
-        """The node where the trouble was seen. What a pack knows the alert to be about; else the first configured label
-        that names a service of the topology, or the first one that is there at all; else the most specific thing that
-        the labels name. "" without alerts."""
+        """The node where the trouble was seen: the first configured label that names a service of the topology; else
+        what a pack knows the alert to be about; else the first configured label that is there at all, or the most
+        specific thing that the labels name. "" without alerts."""
+        services = set(self.topology.services())
+        named = [value for a in alerts for n in self.config.service_labels if (value := a.labels.get(n, ""))]
+        for value in named:
+            if value in services:
+                return value
         for alert in alerts:
             known = entry_of(alert.labels, _metrics(told.get(alert.fingerprint, Told())), self.packs.alerts)
             if known is not None:
                 return subject_of(alert.labels, known.subject)
-        services = set(self.topology.services())
-        named: list[str] = []
-        for alert in alerts:
-            for label in self.config.service_labels:
-                value = alert.labels.get(label, "")
-                if value in services:
-                    return value
-                if value:
-                    named.append(value)
         return named[0] if named else next((subject_of(alert.labels) for alert in alerts), "")
 
     async def of(self, incident: Incident, state: State) -> Situation:

@@ -10,7 +10,7 @@ from anyalert_world import STEP, Scenario, Server, alert_of, entry, labels_of, p
 
 from agent.config import Config
 from agent.config import Prometheus as Section
-from agent.expressions import Expressions, rules_of
+from agent.expressions import Expressions, Told, rules_of
 from agent.situation import Situations
 from agent.sources.prometheus import Prometheus, PrometheusSource
 from rules.diagnose import diagnose
@@ -130,3 +130,14 @@ def test_subjects() -> None:
     assert subject("KubeNodeNotReady") == "node/node-s"
     assert subject("NodeCPUHighUsage") == "instance/10.9.s:9100"
     assert subject("KubeAPIDown") == "target/apiserver"
+
+
+def test_a_service_of_the_topology_is_where_an_incident_begins() -> None:
+    """Whatever a pack says the alert is about: what calls it and what it calls is known."""
+    rule = next(r for r in RULES if r.name == "TargetDown")
+    alert = alert_of(rule, "s", 0.0)
+    told = {alert.fingerprint: Told(expression=rule.expression)}
+    alone = Situations(Config(), packs(), [], Topology())
+    among = Situations(Config(), packs(), [], Topology(kinds={alert.labels["job"]: "http"}))
+    assert alone.entry([alert], told) == f"target/{alert.labels['job']}"
+    assert among.entry([alert], told) == alert.labels["job"]
