@@ -37,6 +37,7 @@ _FACT_WORDS = {
     "user": "user",
     "cpu_percent": "group_cpu_percent",
     "mountpoint": "mount",
+    "flag": "flag",
 }
 # Contributions that are no look at the candidate itself.
 _NO_EVIDENCE = frozenset({"rules", "prior", "effects", "order", "direction"})

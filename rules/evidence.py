@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from rules.engine import Fired, Graph, Record, holds
 from rules.features import Finding
@@ -16,6 +17,7 @@ from rules.model import Fact, Situation
 from rules.packs import Condition, FactTest, PackSet, Scalar, Signal, State
 
 SUSPICION_HALVES_SECONDS = 60.0  # a neighbour hurts at once: the earlier it began, the less likely it is the one
+RECENCY_HALVES_SECONDS = 600.0  # of changes
 RIVAL = 0.6  # of the leading fact's weight
 _SEVERITY: dict[State | None, int] = {"strong": 5, "weak": 4, "silent": 3, "contrary": 2, "absent": 1, None: 0}
 
@@ -78,7 +80,7 @@ class Observer:
     def attributes(self, fact: Fact) -> Record:
         """A fact's attributes and what follows from them (see `FactTest`)."""
         if fact.kind != "host.process":
-            return {**fact.attributes, "service": fact.service}
+            return {**fact.attributes, "service": fact.service, **self._change(fact)}
         if fact.subject not in self._processes:
             derived: dict[str, Scalar] = {
                 "service": fact.service,
@@ -93,6 +95,14 @@ class Observer:
                 derived["suspicion"] = self._group_cpu(fact) * self._contended(fact) * recent
             self._processes[fact.subject] = {**fact.attributes, **derived}
         return self._processes[fact.subject]
+
+    def _change(self, fact: Fact) -> Record:
+        """How long before the onset a change was made; nothing of other facts, or if it does not say when."""
+        when = _moment(fact.attributes.get("time")) if fact.kind.startswith("change.") else None
+        if when is None:
+            return {}
+        age = self.situation.onset - when
+        return {"age_at_onset_seconds": age, "recency": 2.0 ** -min(abs(age) / RECENCY_HALVES_SECONDS, 60.0)}
 
     def rivalled(self, seen: Observation, group: str) -> bool:
         """Whether a fact outside the leading one's process group comes near it by what its group prefers."""
@@ -273,6 +283,19 @@ def _all(conditions: Mapping[str, Condition], attributes: Record) -> bool:
 
 def _number(value: Scalar | None) -> float:
     return float(value) if isinstance(value, (int, float)) and value == value else 0.0
+
+
+def _moment(value: Scalar | None) -> float | None:
+    """Unix seconds of a number or of an ISO 8601 text (UTC, if it names no zone)."""
+    if isinstance(value, str):
+        try:
+            parsed = datetime.fromisoformat(value)
+            value = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _cpus(fact: Fact) -> frozenset[int]:

@@ -100,15 +100,16 @@ class Signal(_Strict, frozen=True, kw_only=True):
 
 class FactTest(_Strict, frozen=True, kw_only=True):
     """How facts decide a group's state: the strongest matching fact does. An attribute that a fact lacks is false to an
-    equality with `false` and matches nothing else. Derived attributes: `service`, and for processes
-    `age_at_onset_seconds` (negative: started after the onset), `group_cpu_percent` (of its whole process group),
+    equality with `false` and matches nothing else. Derived attributes: `service`; for changes (kinds `change.*`, with
+    their `time`) `age_at_onset_seconds` and `recency` (1 at the onset, halved for every ten minutes before it); for
+    processes `age_at_onset_seconds` (negative: started after the onset), `group_cpu_percent` (of its process group),
     `shares_cpu` (may run where some service may run), `takes_pinned_cpu` (is pinned to CPUs on which a service is
     pinned too) and `suspicion` (group CPU on the CPUs of the most confined service, halved for every minute by which
     it began before the onset)."""
 
     kind: str
     evidence: str  # the Evidence that brings such facts; if that is missing, so is the group
-    source: str = "host"  # which source brings it
+    source: str = "host"  # which source brings it; "": nobody is asked, it comes with what was recorded
     owner: Literal["candidate", "host"] = "candidate"  # facts of the service itself, or of the host it stands for
     where: dict[str, Condition] = {}
     strong: dict[str, Condition] | None = None
@@ -304,7 +305,7 @@ class PackSet:
         (from the source named by the group, with an empty query)."""
         found = {n: EvidenceQuery(name=n, query=text) for pack in self.packs for n, text in pack.queries.items()}
         for group in self.groups.values():
-            if group.facts is not None and group.facts.source != DERIVED:
+            if group.facts is not None and group.facts.source not in ("", DERIVED):
                 name = group.facts.evidence
                 found[name] = EvidenceQuery(name=name, query="", source=group.facts.source)
         return tuple(found[name] for name in sorted(found))
