@@ -107,6 +107,7 @@ class GuardContext:
     margin: float
     firing: bool
     evidence_at: float  # end of the window that was looked at
+    verifiable: bool = False  # whether series justify the action, by which it can be told whether it helped
     policy: GuardPolicy
     inventory: Mapping[str, Mapping[str, str]]
     enforced_by: EnforcedBy
@@ -235,6 +236,13 @@ def gate_limits(_: ProposalLike, definition: ActionDefinition, context: GuardCon
     if context.policy.allow_unenforced_auto is True:
         return None
     return Cap("approve", Refusal.LIMITS_NOT_ENFORCED, f"limits not enforced ({context.enforced_by})")
+
+
+def gate_verifiable(_: ProposalLike, definition: ActionDefinition, context: GuardContext) -> Verdict:
+    """What nothing could tell to have helped is not done without a person."""
+    if context.verifiable is True or definition.read_only or definition.verify_query:
+        return None
+    return Cap("approve", Refusal.UNVERIFIABLE, "no series justify it, so nothing could tell whether it helped")
 
 
 def gate_storm(_: ProposalLike, __: ActionDefinition, context: GuardContext) -> Verdict:
@@ -423,6 +431,7 @@ GATES: tuple[Gate, ...] = (
     gate_risk,
     gate_posterior,
     gate_margin,
+    gate_verifiable,
     gate_storm,
     gate_targets,
     gate_protected_target,

@@ -93,6 +93,7 @@ class Refusal(StrEnum):
     BUSY_TARGET = "busy_target"  # another incident is acting on it
     BREAKER_OPEN = "breaker_open"
     LIMITS_NOT_ENFORCED = "limits_not_enforced"
+    UNVERIFIABLE = "unverifiable"  # no series justified it, so none could tell whether it helped
     APPROVAL_EXPIRED = "approval_expired"
     APPROVAL_REJECTED = "approval_rejected"
     APPROVAL_STALE = "approval_stale"  # the plan's digest is not the approved one

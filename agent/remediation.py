@@ -168,6 +168,7 @@ class Remediation:
             margin=diagnosis.margin if diagnosis else 0.0,
             firing=bool(incident.firing),
             evidence_at=incident.evidence_at,
+            verifiable=incident.justification is not None and bool(incident.justification.series),
             policy=self._policy,
             inventory=self._entries(service),
             enforced_by=self.executors.enforced_by(host) if host else sandbox.current().enforced_by,

@@ -97,6 +97,7 @@ class Front(asyncio.Protocol):
         self._late: asyncio.TimerHandle | None = None  # the rest of a request does not come
         self.task: asyncio.Task[None] | None = None  # the request under way
         self._last = False  # close after the answer
+        self._unread = False  # the client does not read its answers: it gets no more until it does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -109,9 +110,18 @@ class Front(asyncio.Protocol):
         self._server.gone(self)
         self._cancel_timers()
 
+    def pause_writing(self) -> None:
+        self._unread = True
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        if self.task is None:
+            self._goes_on()
+
     def data_received(self, data: bytes) -> None:
         self._buffer = self._buffer + data if self._buffer else data
-        if self.task is None:
+        if self.task is None and not self._unread:
             self._advance()
         elif len(self._buffer) > MAX_BODY:
             self._transport.pause_reading()
@@ -159,8 +169,10 @@ class Front(asyncio.Protocol):
 
     def _goes_on(self) -> None:
         self._idle_since = self._loop.time()
+        if self._unread:
+            return
+        self._transport.resume_reading()
         if self._buffer:
-            self._transport.resume_reading()
             self._advance()
 
     def _hand_over(self) -> None:

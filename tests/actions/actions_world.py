@@ -190,6 +190,7 @@ def context(**more: Any) -> GuardContext:
         "margin": 0.5,
         "firing": True,
         "evidence_at": NOW - 5,
+        "verifiable": True,
         "policy": policy(),
         "inventory": {"worker": {}},
         "enforced_by": EnforcedBy.CGROUP2,

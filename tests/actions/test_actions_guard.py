@@ -191,6 +191,7 @@ CAPPED: list[tuple[str, dict[str, Any], Refusal, str]] = [
     ("margin is no number", {"margin": math.nan}, Refusal.LOW_MARGIN, "suggest"),
     ("storm", {"opened": STORMY}, Refusal.STORM, "suggest"),
     ("limits", {"enforced_by": EnforcedBy.CGROUP2_KILL}, Refusal.LIMITS_NOT_ENFORCED, "approve"),
+    ("nothing to verify by", {"verifiable": False}, Refusal.UNVERIFIABLE, "approve"),
     ("ladder", {"policy": policy(autonomy=AutonomyPolicy(default="approve"))}, Refusal.NOT_AUTO, "approve"),
 ]
 

@@ -77,6 +77,7 @@ def context(**more: Any) -> GuardContext:
         "margin": 0.5,
         "firing": True,
         "evidence_at": NOW - 5,
+        "verifiable": True,
         "policy": GuardPolicy(autonomy=AutonomyPolicy(default="auto")),
         "inventory": {"shop": {"host": "web-1"}},
         "enforced_by": EnforcedBy.CGROUP2,
