@@ -1,4 +1,4 @@
-"""The command line: what can be said, and which function of `agent.commands` does it. No logic.
+"""The command line: what can be said, and which function of `agent.commands.calls` does it. No logic.
 
 Called by `agent.__main__`. Imports nothing heavy: what a command needs is imported when it runs, so that `serve` never
 pays for what only people need (rich) and `version` pays for nothing.
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import __version__
-from agent.commands.output import CommandError, Exit, complain, emit_json, say
+from agent.commands import calls
+from agent.commands.output import CommandError, Exit, complain
 
 if TYPE_CHECKING:
-    from agent.config import Config
-
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 EPILOG = "Exit codes: 0 done; 1 a fault was found; 2 wrong usage; 3 a service cannot be reached; 130 interrupted."
@@ -119,48 +118,48 @@ def _group(commands: Commands, name: str, text: str) -> Commands:
 
 
 def _serving(commands: Commands, common: argparse.ArgumentParser) -> None:
-    serve = _add(commands, common, "serve", _serve, "run the agent")
+    serve = _add(commands, common, "serve", calls.serve, "run the agent")
     serve.add_argument("--listen", metavar="HOST:PORT", help="address of the HTTP port, instead of the configured one")
-    _add(commands, common, "version", _version, "say which version this is")
+    _add(commands, common, "version", calls.version, "say which version this is")
 
 
 def _looking(commands: Commands, common: argparse.ArgumentParser) -> None:
-    incidents = _add(commands, common, "incidents", _incidents, "list incidents, or tell the story of one")
+    incidents = _add(commands, common, "incidents", calls.incidents, "list incidents, or tell the story of one")
     incidents.add_argument("id", nargs="?", default="", help="an incident's id, or the beginning of one")
     incidents.add_argument("--state", action="append", default=[], help="only these states (repeatable)")
     incidents.add_argument("--tenant", default="", help="only this tenant")
     incidents.add_argument("--limit", type=_count, default=0, help="at most so many, newest first")
-    story = _add(commands, common, "story", _story, "tell an incident's story; --json: its whole audit trail")
+    story = _add(commands, common, "story", calls.story, "tell an incident's story; --json: its whole audit trail")
     story.add_argument("id", help="an incident's id, or the beginning of one")
-    _add(commands, common, "quarantine", _quarantine, "show what could not be understood")
+    _add(commands, common, "quarantine", calls.quarantine, "show what could not be understood")
 
 
 def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
     for name, text in (("approve", "let a waiting plan run"), ("reject", "turn a waiting plan down")):
-        made = _add(commands, common, name, _decide, text)
+        made = _add(commands, common, name, calls.decide, text)
         made.add_argument("id", help="the incident's id")
         made.add_argument("--digest", default="", help="only if the waiting plan has this digest")
         made.add_argument("--note", default="", help="kept in the story")
         made.set_defaults(decision=name)
     for name, text in (("pause", "stop all actions"), ("resume", "let actions start again")):
-        made = _add(commands, common, name, _pause, text)
+        made = _add(commands, common, name, calls.pause, text)
         made.add_argument("--note", default="", help="kept in the journal")
         made.set_defaults(paused=name == "pause")
-    made = _add(commands, common, "feedback", _feedback, "say what an incident's cause was")
+    made = _add(commands, common, "feedback", calls.feedback, "say what an incident's cause was")
     made.add_argument("id", metavar="INCIDENT", help="an incident's id, or the beginning of one")
     made.add_argument("--cause", required=True, metavar="CAUSE@SERVICE", help="the true cause and where it was")
     made.add_argument("--helped", choices=["yes", "no"], default="", help="whether what was done helped")
     made.add_argument("--note", default="", help="kept in the story")
     models = _group(commands, "model", "the model that ranks causes: shipped, or with feedback taken into account")
-    _add(models, common, "list", _model, "list the models").set_defaults(what="list")
-    made = _add(models, common, "use", _model, "choose the model that serves")
+    _add(models, common, "list", calls.model, "list the models").set_defaults(what="list")
+    made = _add(models, common, "use", calls.model, "choose the model that serves")
     made.add_argument("version", metavar="VERSION", help="shipped, a number, or latest (whatever is learned)")
     made.set_defaults(what="use")
-    back = _add(models, common, "revert", _model, "go back to the model that served before")
+    back = _add(models, common, "revert", calls.model, "go back to the model that served before")
     back.set_defaults(what="revert")
     for one in (made, back):
         one.add_argument("--note", default="", help="kept in the journal")
-    breakers = _add(commands, common, "breakers", _breakers, "list circuit breakers, or close one by hand")
+    breakers = _add(commands, common, "breakers", calls.breakers, "list circuit breakers, or close one by hand")
     breakers.add_argument("reset", nargs="?", choices=["reset"], help="close the breaker KEY")
     breakers.add_argument("key", nargs="?", default="", metavar="KEY", help="ACTION or ACTION|TARGET")
     breakers.add_argument("--note", default="", help="kept in the journal")
@@ -168,24 +167,28 @@ def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def _gateway(commands: Commands, common: argparse.ArgumentParser) -> None:
     group = _group(commands, "gateway", "compare two diagnosis channels, and say which one decides")
-    _add(group, common, "status", _gateway_status, "who is primary, and the score")
+    _add(group, common, "status", calls.gateway_status, "who is primary, and the score")
     for name, text in (
         ("promote", "make the candidate primary, if the score shows that it is better"),
         ("rollback", "make the stable channel primary again"),
     ):
-        made = _add(group, common, name, _gateway_move, text)
+        made = _add(group, common, name, calls.gateway_move, text)
         made.add_argument("--note", default="", help="kept in the journal")
         made.set_defaults(move=name, force=False)
         if name == "promote":
             made.add_argument("--force", action="store_true", help="whatever the score shows")
-    judge = _add(group, common, "judge", _gateway_judge, "say what the cause was in a comparison that was recorded")
+    judge = _add(
+        group, common, "judge", calls.gateway_judge, "say what the cause was in a comparison that was recorded"
+    )
     judge.add_argument("trace", help="its trace id, as `gateway status` shows it")
     judge.add_argument("cause", help="the cause's id, for example postgres.blocking_session")
     judge.add_argument("service", help="the service")
 
 
 def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
-    made = _add(commands, common, "diagnose", _diagnose, "rank the causes of recorded incidents, or of given alerts")
+    made = _add(
+        commands, common, "diagnose", calls.diagnose, "rank the causes of recorded incidents, or of given alerts"
+    )
     made.add_argument("recordings", nargs="*", type=Path, metavar="RECORDING", help="a recording's directory")
     made.add_argument(
         "--alert", action="append", default=[], type=Path, metavar="FILE", help="a webhook's body, - for standard input"
@@ -195,7 +198,7 @@ def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
         "--at", type=_time, default=None, metavar="TIME", help="with --alert: as of then (RFC 3339, unix)"
     )
     made.add_argument("--limit", type=_count, default=0, help="at most so many hypotheses (default: three)")
-    made = _add(commands, common, "record", _record, "write an incident's evidence as a recording")
+    made = _add(commands, common, "record", calls.record, "write an incident's evidence as a recording")
     made.add_argument("id", metavar="INCIDENT", help="an incident's id, or the beginning of one")
     made.add_argument("--out", type=Path, metavar="DIR", help="where to (default: a directory named by the incident)")
     made.add_argument("--now", action="store_true", help="up to now, instead of what the last diagnosis looked at")
@@ -203,7 +206,11 @@ def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
         "--expect", default="", metavar="CAUSE@SERVICE", help="make it a golden incident whose first cause is this"
     )
     made = _add(
-        commands, common, "evaluate", _evaluate, "measure the accuracy of diagnosis on recordings with known causes"
+        commands,
+        common,
+        "evaluate",
+        calls.evaluate,
+        "measure the accuracy of diagnosis on recordings with known causes",
     )
     made.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="a recording, a set of them, or several sets")
     made.add_argument(
@@ -219,14 +226,14 @@ def _diagnosing(commands: Commands, common: argparse.ArgumentParser) -> None:
         help="with --cross: never count this set (repeatable)",
     )
     made.add_argument("--misses", action="store_true", help="also list every case whose first answer was wrong")
-    made = _add(commands, common, "learn", _learn, "learn likelihoods from recordings with known causes")
+    made = _add(commands, common, "learn", calls.learn, "learn likelihoods from recordings with known causes")
     made.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="recordings that may be learned from")
     made.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model's file (JSON)")
     made.add_argument("--version", default="", help="the model's version (default: a digest of its tables)")
 
 
 def _checking(commands: Commands, common: argparse.ArgumentParser) -> None:
-    check = _add(commands, common, "check-config", _check_config, "list every fault of the configuration")
+    check = _add(commands, common, "check-config", calls.check_config, "list every fault of the configuration")
     check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the file (default: as for every command)")
     check.add_argument("--show", action="store_true", help="print the configuration in effect, without secrets")
     journal = _group(commands, "journal", "check, repair or print the journal")
@@ -235,7 +242,7 @@ def _checking(commands: Commands, common: argparse.ArgumentParser) -> None:
         ("repair", "mend what opening would mend, and say what truncating would lose"),
         ("dump", "print the records, one JSON object a line"),
     ):
-        made = _add(journal, common, name, _journal, text)
+        made = _add(journal, common, name, calls.journal, text)
         made.set_defaults(what=name)
         if name == "repair":
             made.add_argument("--truncate", action="store_true", help="cut after the last good record; copies are kept")
@@ -245,25 +252,27 @@ def _checking(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def _catalogues(commands: Commands, common: argparse.ArgumentParser) -> None:
     packs = _group(commands, "packs", "rule packs: the causes that are known")
-    _add(packs, common, "list", _packs, "list the causes").set_defaults(what="list")
-    made = _add(packs, common, "show", _packs, "show a pack, or a cause with its evidence, rules and proposals")
+    _add(packs, common, "list", calls.packs, "list the causes").set_defaults(what="list")
+    made = _add(packs, common, "show", calls.packs, "show a pack, or a cause with its evidence, rules and proposals")
     made.add_argument("name", help="a pack's or a cause's name")
     made.set_defaults(what="show")
-    _add(packs, common, "schema", _packs, "print the JSON Schema of a pack").set_defaults(what="schema")
+    _add(packs, common, "schema", calls.packs, "print the JSON Schema of a pack").set_defaults(what="schema")
     for name, text in (
         ("lint", "list every fault of the packs"),
         ("test", "lint, then diagnose the golden incidents and compare with what is expected"),
     ):
-        made = _add(packs, common, name, _packs, text)
+        made = _add(packs, common, name, calls.packs, text)
         made.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="instead of the configured directories")
         made.set_defaults(what=name)
     actions = _group(commands, "actions", "actions: what can be done")
-    _add(actions, common, "list", _actions, "list the actions").set_defaults(what="list")
-    _add(actions, common, "schema", _actions, "print the JSON Schema of a file of actions").set_defaults(what="schema")
-    show = _add(actions, common, "show", _actions, "show one action")
-    lint = _add(actions, common, "lint", _actions, "list every fault of the actions")
+    _add(actions, common, "list", calls.actions, "list the actions").set_defaults(what="list")
+    _add(actions, common, "schema", calls.actions, "print the JSON Schema of a file of actions").set_defaults(
+        what="schema"
+    )
+    show = _add(actions, common, "show", calls.actions, "show one action")
+    lint = _add(actions, common, "lint", calls.actions, "list every fault of the actions")
     lint.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="instead of the configured directories")
-    dry = _add(actions, common, "dry-run", _actions, "print what an action would execute; only its look-ups run")
+    dry = _add(actions, common, "dry-run", calls.actions, "print what an action would execute; only its look-ups run")
     dry.add_argument("--service", required=True, help="the service it would act on")
     dry.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter (repeatable)")
     for made, name in ((show, "show"), (lint, "lint"), (dry, "dry-run")):
@@ -274,14 +283,14 @@ def _catalogues(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def _sandboxing(commands: Commands, common: argparse.ArgumentParser) -> None:
     group = _group(commands, "sandbox", "the sandbox of this host, and steps on other hosts")
-    probe = _add(group, common, "probe", _sandbox, "say what holds steps here, and what is missing")
+    probe = _add(group, common, "probe", calls.sandbox, "say what holds steps here, and what is missing")
     probe.add_argument("--parent", default="", metavar="DIR", help="cgroup directory to make leaves in")
-    run = _add(group, common, "run", _sandbox, "run one command; without one, take a request from standard input")
+    run = _add(group, common, "run", calls.sandbox, "run one command; without one, take a request from standard input")
     run.add_argument("--limits", default="{}", metavar="JSON", help="limits, where not the defaults")
     run.add_argument("--needs", default="{}", metavar="JSON", help="what it needs of the host (default: all)")
     run.add_argument("--user", default="", help="user to run it as")
     run.add_argument("argv", nargs="*", metavar="ARG", help="the command, behind --")
-    on = _add(group, common, "on", _sandbox, "run one command on configured hosts, in batches, until one fails")
+    on = _add(group, common, "on", calls.sandbox, "run one command on configured hosts, in batches, until one fails")
     on.add_argument("--batch", type=_count, default=1, help="hosts at once")
     on.add_argument("--host", action="append", required=True, dest="hosts", help="a host of the configuration")
     on.add_argument("argv", nargs="+", metavar="ARG", help="the command, behind --")
@@ -291,11 +300,11 @@ def _sandboxing(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def _exploring(commands: Commands, common: argparse.ArgumentParser) -> None:
     metrics = _group(commands, "metrics", "explore the Prometheus behind it (needs alertmedic[explore])")
-    names = _add(metrics, common, "names", _metrics, "names of metrics")
+    names = _add(metrics, common, "names", calls.metrics, "names of metrics")
     names.add_argument("pattern", nargs="?", default="", metavar="TEXT", help="only names that contain it")
-    labels = _add(metrics, common, "labels", _metrics, "labels of a metric and their values")
+    labels = _add(metrics, common, "labels", calls.metrics, "labels of a metric and their values")
     labels.add_argument("metric", help="the metric's name")
-    samples = _add(metrics, common, "samples", _metrics, "newest samples of a query")
+    samples = _add(metrics, common, "samples", calls.metrics, "newest samples of a query")
     samples.add_argument("query", metavar="PROMQL", help="an instant query")
     for made, name in ((names, "names"), (labels, "labels"), (samples, "samples")):
         made.add_argument("--url", default="", help="the server, instead of the configured one")
@@ -305,9 +314,9 @@ def _exploring(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def _breaking(commands: Commands, common: argparse.ArgumentParser) -> None:
     chaos = _group(commands, "chaos", "break the demo's shop on purpose and measure who heals it how fast")
-    listed = _add(chaos, common, "list", _chaos, "list the scenarios")
-    run = _add(chaos, common, "run", _chaos, "run scenarios; interrupted, the same command goes on")
-    report = _add(chaos, common, "report", _chaos, "say what the runs showed, and write the page")
+    listed = _add(chaos, common, "list", calls.chaos, "list the scenarios")
+    run = _add(chaos, common, "run", calls.chaos, "run scenarios; interrupted, the same command goes on")
+    report = _add(chaos, common, "report", calls.chaos, "say what the runs showed, and write the page")
     run.add_argument("names", nargs="*", metavar="SCENARIO", help="only these")
     run.add_argument("--quick", action="store_true", help="only the scenarios marked quick")
     run.add_argument(
@@ -340,284 +349,3 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
-
-
-# -- from arguments to functions
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, str]:
-    given = {"listen": getattr(arguments, "listen", None), "state_dir": arguments.state_dir}
-    return {key: text for key, text in given.items() if text is not None}
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    from agent.config import load
-
-    return load(arguments.config, options=_options(arguments))
-
-
-def _state_dir(arguments: argparse.Namespace) -> Path:
-    """Given on the command line it is taken as it stands: looking at a journal needs no sound configuration."""
-    if arguments.state_dir is not None:
-        return Path(arguments.state_dir).absolute()
-    return _config(arguments).state_dir
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    import asyncio
-
-    config = _config(arguments)
-    from agent import app
-
-    return asyncio.run(app.serve(config))
-
-
-def _version(arguments: argparse.Namespace) -> int:
-    if arguments.json:
-        emit_json({"version": __version__})
-    else:
-        say(f"alertmedic {__version__}")
-    return Exit.OK
-
-
-def _incidents(arguments: argparse.Namespace) -> int:
-    from agent.commands import look
-
-    return look.incidents(
-        _state_dir(arguments),
-        arguments.id,
-        as_json=arguments.json,
-        states=tuple(arguments.state),
-        tenant=arguments.tenant,
-        limit=arguments.limit,
-    )
-
-
-def _story(arguments: argparse.Namespace) -> int:
-    from agent.commands import story
-
-    return story.story(_state_dir(arguments), arguments.id, as_json=arguments.json)
-
-
-def _quarantine(arguments: argparse.Namespace) -> int:
-    from agent.commands import look
-
-    return look.quarantine(_state_dir(arguments), as_json=arguments.json)
-
-
-def _decide(arguments: argparse.Namespace) -> int:
-    from agent.commands import decide
-
-    return decide.decide(
-        _state_dir(arguments),
-        arguments.id,
-        arguments.decision,
-        digest=arguments.digest,
-        note=arguments.note,
-        as_json=arguments.json,
-    )
-
-
-def _feedback(arguments: argparse.Namespace) -> int:
-    from agent.commands import learned
-
-    return learned.feedback(
-        _config(arguments),
-        _state_dir(arguments),
-        arguments.id,
-        arguments.cause,
-        helped=arguments.helped,
-        note=arguments.note,
-        as_json=arguments.json,
-    )
-
-
-def _model(arguments: argparse.Namespace) -> int:
-    from agent.commands import learned
-
-    state_dir = _state_dir(arguments)
-    if arguments.what == "use":
-        return learned.use(state_dir, arguments.version, note=arguments.note, as_json=arguments.json)
-    if arguments.what == "revert":
-        return learned.revert(state_dir, note=arguments.note, as_json=arguments.json)
-    return learned.list_models(state_dir, as_json=arguments.json)
-
-
-def _gateway_status(arguments: argparse.Namespace) -> int:
-    from agent.commands.gateway import status
-
-    return status(_state_dir(arguments), as_json=arguments.json)
-
-
-def _gateway_move(arguments: argparse.Namespace) -> int:
-    from agent.commands.gateway import move
-
-    return move(_state_dir(arguments), arguments.move, arguments.note, force=arguments.force, as_json=arguments.json)
-
-
-def _gateway_judge(arguments: argparse.Namespace) -> int:
-    from agent.commands.gateway import judge
-
-    return judge(_state_dir(arguments), arguments.trace, arguments.cause, arguments.service, as_json=arguments.json)
-
-
-def _pause(arguments: argparse.Namespace) -> int:
-    from agent.commands import decide
-
-    return decide.pause(_state_dir(arguments), paused=arguments.paused, note=arguments.note, as_json=arguments.json)
-
-
-def _breakers(arguments: argparse.Namespace) -> int:
-    if arguments.reset:
-        from agent.commands import decide
-
-        if not arguments.key:
-            raise CommandError("breakers reset: which one?", "alertmedic breakers reset KEY", Exit.USAGE)
-        return decide.reset_breaker(_state_dir(arguments), arguments.key, note=arguments.note, as_json=arguments.json)
-    from agent.commands import look
-
-    return look.breakers(_state_dir(arguments), as_json=arguments.json)
-
-
-def _diagnose(arguments: argparse.Namespace) -> int:
-    from agent.commands import diagnose
-
-    if bool(arguments.alert) == bool(arguments.recordings):
-        raise CommandError("diagnose: what?", "name recordings, or alerts by --alert FILE", Exit.USAGE)
-    if arguments.alert:
-        return diagnose.diagnose_alerts(
-            _config(arguments),
-            tuple(arguments.alert),
-            arguments.prometheus,
-            arguments.at,
-            arguments.limit,
-            as_json=arguments.json,
-        )
-    return diagnose.diagnose(_config(arguments), tuple(arguments.recordings), arguments.limit, as_json=arguments.json)
-
-
-def _record(arguments: argparse.Namespace) -> int:
-    from agent.commands import record
-
-    return record.record(
-        _config(arguments),
-        _state_dir(arguments),
-        arguments.id,
-        arguments.out,
-        up_to_now=arguments.now,
-        expect=arguments.expect,
-        as_json=arguments.json,
-    )
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from agent.commands import diagnose
-
-    return diagnose.evaluate(
-        _config(arguments),
-        tuple(arguments.dirs),
-        as_json=arguments.json,
-        misses=arguments.misses,
-        cross=arguments.cross,
-        unlicensed=tuple(arguments.unlicensed),
-    )
-
-
-def _learn(arguments: argparse.Namespace) -> int:
-    from agent.commands import learn
-
-    return learn.learn(
-        _config(arguments), tuple(arguments.dirs), arguments.output, arguments.version, as_json=arguments.json
-    )
-
-
-def _check_config(arguments: argparse.Namespace) -> int:
-    from agent.commands import check
-
-    file = arguments.file or arguments.config
-    return check.check_config(file, _options(arguments), as_json=arguments.json, show=arguments.show)
-
-
-def _journal(arguments: argparse.Namespace) -> int:
-    from agent.commands import journal
-
-    state_dir = _state_dir(arguments)
-    if arguments.what == "dump":
-        return journal.dump(state_dir, after=arguments.after)
-    if arguments.what == "repair":
-        return journal.repair(state_dir, truncate=arguments.truncate, as_json=arguments.json)
-    return journal.verify(state_dir, as_json=arguments.json)
-
-
-def _packs(arguments: argparse.Namespace) -> int:
-    from agent.commands import packs
-
-    if arguments.what == "schema":
-        return packs.schema()
-    config = _config(arguments)
-    if arguments.what == "list":
-        return packs.list_causes(config, as_json=arguments.json)
-    if arguments.what == "show":
-        return packs.show(config, arguments.name, as_json=arguments.json)
-    run = packs.test if arguments.what == "test" else packs.lint
-    return run(config, tuple(arguments.dirs), as_json=arguments.json)
-
-
-def _actions(arguments: argparse.Namespace) -> int:
-    from agent.commands import catalogue
-
-    if arguments.what == "schema":
-        return catalogue.schema()
-    config = _config(arguments)
-    if arguments.what == "list":
-        return catalogue.list_actions(config, as_json=arguments.json)
-    if arguments.what == "show":
-        return catalogue.show(config, arguments.name, as_json=arguments.json)
-    if arguments.what == "lint":
-        return catalogue.lint(config, tuple(arguments.dirs), as_json=arguments.json)
-    return catalogue.dry_run(config, arguments.name, arguments.service, tuple(arguments.param), as_json=arguments.json)
-
-
-def _chaos(arguments: argparse.Namespace) -> int:
-    from agent.commands import chaos
-
-    if arguments.what == "list":
-        return chaos.listing(tuple(arguments.file), arguments.workload, as_json=arguments.json)
-    results = arguments.results or chaos.RESULTS
-    if arguments.what == "report":
-        return chaos.report(results, as_json=arguments.json)
-    return chaos.run(
-        chaos.load(tuple(arguments.file), tuple(arguments.names), quick=arguments.quick, workload=arguments.workload),
-        tuple(name.strip() for name in arguments.arms.split(",") if name.strip()),
-        results,
-        repetitions=arguments.repetitions,
-        seed=arguments.seed,
-        share=arguments.share,
-        kill_agent=arguments.kill_agent,
-        keep=arguments.keep,
-        workload=arguments.workload,
-        as_json=arguments.json,
-    )
-
-
-def _sandbox(arguments: argparse.Namespace) -> int:
-    from agent.commands import sandboxed
-
-    if arguments.what == "probe":
-        return sandboxed.probe(arguments.parent, as_json=arguments.json)
-    if arguments.what == "on":
-        return sandboxed.run_there(_config(arguments), arguments.hosts, arguments.argv, arguments.batch)
-    if arguments.argv:
-        return sandboxed.run_here(arguments.argv, arguments.limits, arguments.needs, arguments.user)
-    return sandboxed.serve_request()
-
-
-def _metrics(arguments: argparse.Namespace) -> int:
-    from agent.commands import explore
-
-    config = _config(arguments)
-    if arguments.what == "names":
-        return explore.names(config, arguments.url, arguments.pattern, arguments.limit, as_json=arguments.json)
-    if arguments.what == "labels":
-        return explore.labels(config, arguments.url, arguments.metric, arguments.limit, as_json=arguments.json)
-    return explore.samples(config, arguments.url, arguments.query, arguments.limit, as_json=arguments.json)
