@@ -34,7 +34,7 @@ serve: .venv/installed ## the service on 127.0.0.1:9095
 test: .venv/installed-dev ## all tests, heavy suites as seeded subsets (under 10 minutes)
 	@tools/install-debian test
 	@tools/install-helm test
-	@$(PYTEST) -m "not full"
+	@$(PYTEST) -m "not full" -n 2 --dist loadfile
 
 test-full: .venv/installed-dev ## all tests at full volume
 	@tools/install-debian full

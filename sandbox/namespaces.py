@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from sandbox.model import Limits, Needs
@@ -62,9 +63,12 @@ def arguments(
         argv += ["--ro-bind", "/proc", "/proc"]
     if Path("/sys/fs/cgroup").is_dir():
         argv += ["--ro-bind", "/sys", "/sys"]
-    argv += ["--size", str(limits.file_bytes), "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108 - a private one
+    hidden = ["/tmp"]  # noqa: S108 - a private one takes its place
+    argv += ["--size", str(limits.file_bytes), "--perms", "1777", "--tmpfs", hidden[0]]
     if needs.network == "none":
-        argv += ["--tmpfs", "/run"]  # the sockets of the host's daemons
+        hidden.append("/run")  # the sockets of the host's daemons
+        argv += ["--tmpfs", "/run"]
+    argv += [w for place in _own_places() if place.startswith(tuple(f"{h}/" for h in hidden)) for w in _shown(place)]
     for path in needs.write:
         argv += [] if path == "/" else ["--bind", path, path]
     if workdir != "/":
@@ -75,6 +79,15 @@ def arguments(
         argv += ["--cap-drop", "ALL"]
         argv += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if identity else []
     return [*argv, "--"]
+
+
+def _own_places() -> list[str]:
+    """Our interpreter and our code, which most actions run: they may lie where a private directory hides them."""
+    return sorted({sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1])})
+
+
+def _shown(place: str) -> tuple[str, str, str]:
+    return ("--ro-bind", place, place)
 
 
 def began(status: bytes) -> bool:

@@ -287,7 +287,7 @@ async def test_a_move_outside_the_table_never_becomes_durable(
     await world.store.close()
 
 
-@pytest.mark.parametrize("state", FINAL)
+@pytest.mark.parametrize("state", sorted(FINAL))
 async def test_only_a_firing_alert_reopens_what_is_over(state: IncidentState, directory: Path) -> None:
     world = await open_world(directory / "store")
     case = Case(world)
