@@ -22,7 +22,7 @@ import asyncpg
 import psutil
 
 from agent.demo import faults as demo
-from agent.demo.children import path_of, set_session_priority
+from agent.demo.children import set_session_priority
 from agent.demo.faults import Crash, InjectionError, Make, Shop, Stuck, Supervisor, put
 
 SPARE_DESCRIPTORS = 2
@@ -209,7 +209,7 @@ class Busy:
     _processes: tuple[asyncio.subprocess.Process, ...] = ()
 
     async def inject(self) -> float:
-        argv = (path_of("setpriv"), "--pdeathsig", "KILL", "--", "timeout", f"{self.seconds:.1f}")
+        argv = (*demo.leash(), "/usr/bin/timeout", f"{self.seconds:.1f}", *demo.leash())
         process = await asyncio.create_subprocess_exec(
             *argv, "/bin/sh", "-c", "while :; do :; done", start_new_session=True
         )

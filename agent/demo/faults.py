@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ import aiohttp
 import asyncpg
 import psutil
 
-from agent.demo.children import path_of, set_session_priority
+from agent.demo.children import set_session_priority
 
 PAYMENTS_SECONDS = 24.0  # a slow provider gets well by itself after this time, whatever anybody does
 
@@ -54,6 +55,15 @@ class Shop:
 
 class InjectionError(Exception):
     """The fault could not be brought about; what had been begun is cleared by `clear`."""
+
+
+def leash() -> tuple[str, ...]:
+    """What a command begins with to die with whoever started it, so that a killed injector leaves nothing behind. The
+    injector has no PATH. Raises InjectionError."""
+    program = shutil.which("setpriv", path=os.defpath)
+    if program is None:
+        raise InjectionError("setpriv not found: apt-get install util-linux")
+    return (program, "--pdeathsig", "KILL", "--")
 
 
 class Fault(Protocol):
@@ -114,8 +124,7 @@ class CpuHog:
     _leader: asyncio.subprocess.Process | None = None
 
     async def inject(self) -> float:
-        # Both die with whoever started them, so that a killed injector leaves no hog behind.
-        leashed, loop = (path_of("setpriv"), "--pdeathsig", "KILL", "--", "/bin/sh", "-c"), "while :; do :; done"
+        leashed, loop = (*leash(), "/bin/sh", "-c"), "while :; do :; done"
         self._leader = await asyncio.create_subprocess_exec(
             *leashed, f"{' '.join(leashed)} '{loop}' & {loop}", "nightly-reindex", start_new_session=True
         )
@@ -339,7 +348,14 @@ class Injector:
                 if (active := self.active.pop(name, None)) is not None:
                     await active.clear()
                 return {"cleared": name}
-        except (OSError, aiohttp.ClientError, asyncpg.PostgresError, RpcFault, psutil.Error, InjectionError) as e:
+        except (
+            OSError,
+            aiohttp.ClientError,
+            asyncpg.PostgresError,
+            RpcFault,
+            psutil.Error,
+            InjectionError,
+        ) as e:
             return {"error": f"{request}: {type(e).__name__}: {e}"}
         except TypeError as e:
             return {"error": f"{request}: the fault has no such setting: {e}"}
