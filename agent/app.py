@@ -1,7 +1,7 @@
 """Builds every object from the configuration, runs the service, drains it: the only wiring.
 
-Called by `agent.cli` (`alertmedic serve`). Order of the start: sandbox probed, actions read, journal (replayed), then
-the port, then packs read and the investigations; ready is told once alerts can be made durable. Order of the end: no
+Called by `agent.cli` (`alertmedic serve`). Order of the start: sandbox probed, journal (replayed), then the port, then
+actions and packs read and the investigations; ready is told once alerts can be made durable. Order of the end: no
 new webhooks, no new investigations, running steps may finish within a grace period, then the journal is closed. It
 decides nothing about incidents.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sandbox
-from actions.catalog import load_catalog
+from actions.catalog import Catalog, load_catalog
 from actions.model import BreakerState
 from agent import __version__, log
 from agent.config import Config
@@ -102,7 +102,6 @@ async def running(config: Config) -> AsyncIterator[App]:
     sandbox.absent_layers()  # found out now, by trying: health then only reads it
     for leaf in await sandbox.sweep(SWEEP_SECONDS):
         logger.warning("ended %s: a run of an agent that is dead", leaf)
-    catalog = load_catalog(config.actions.dirs, config.actions.disable)
     topology = load_topology(config)
     config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     telemetry = Telemetry(__version__, _tracing(config))
@@ -134,7 +133,7 @@ async def running(config: Config) -> AsyncIterator[App]:
                 config, NO_PACKS, sources, topology, discover, expressions=expressions, discovery=downstream.topology
             )
             verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry, ask=ask)
-            remediation = Remediation(config, catalog, store, verifier, telemetry)
+            remediation = Remediation(config, Catalog(()), store, verifier, telemetry)
             learning = Learning(config, store, NO_PACKS)
             gateway = Gateway(config, store, situations, telemetry)
             app = App(config, store, telemetry, remediation, gateway, downstream, learning)
@@ -154,7 +153,8 @@ async def running(config: Config) -> AsyncIterator[App]:
             gateway.on_primary = primary
             await app.listen(topology.edges)
             try:
-                # Alerts are safe before anybody can say what they mean: reading the packs keeps no sender waiting.
+                # Alerts are safe before anybody can say what they mean: reading what is known keeps no sender waiting.
+                remediation.use(await asyncio.to_thread(load_catalog, config.actions.dirs, config.actions.disable))
                 packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disable, config.packs.model)
                 primary(packs)
                 await gateway.start(packs)

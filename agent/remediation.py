@@ -71,12 +71,12 @@ class Remediation:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._config, self._catalog, self._store, self._telemetry = config, catalog, store, telemetry
+        self._config, self._store, self._telemetry = config, store, telemetry
         self._clock = clock
-        self._descriptors = {s.name for d in catalog for s in d.environment if s.by == "descriptor"}
+        self._environment_secrets: dict[str, str] = {}
+        self.use(catalog)
         self._verifier = verifier
         self._policy, self._inventory = config.guard_policy, config.inventory_with()
-        self._environment_secrets = self._secrets()
         self._claimed: dict[str, Claim] = {}  # by plan
         self._graph, self._needing = Topology(), dict[str, frozenset[str]]()
         self._let: dict[str, Plan] = {}  # plans that were let begin and whose task has not ended, by incident
@@ -101,6 +101,12 @@ class Remediation:
         ledger = Ledger(store, telemetry)
         self.executors = Executors(config.hosts)
         self.runner = Runner(ledger, self.executors, verifier, clock, settings, store.state.breakers.values())
+
+    def use(self, catalog: Catalog) -> None:
+        """The actions that there are: at the start, before anything is considered."""
+        self._catalog = catalog
+        self._descriptors = {s.name for d in catalog for s in d.environment if s.by == "descriptor"}
+        self._environment_secrets.update(self._secrets())
 
     async def consider(self, incident: Incident) -> Plan | Declined:
         """The plan for the best hypothesis: its proposals are tried in order, the first that can be planned counts.
