@@ -42,6 +42,8 @@ def replace(path: str, text: str, planned: str) -> None:
     here = Path(path)
     info = here.lstat()
     beside = here.with_name(f".{here.name}.alertmedic")
+    # What a killed run left would stop every later one, undoing included; only one plan acts on a target at a time.
+    beside.unlink(missing_ok=True)
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
