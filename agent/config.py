@@ -37,6 +37,7 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 Seconds = Annotated[float, Meta(gt=0, le=31 * 86400)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=31 * 86400)]
+Offset = Annotated[float, Meta(ge=3600, le=31 * 86400)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 Bytes = Annotated[int, Meta(ge=1024, le=2**50), kind("bytes")]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -138,6 +139,8 @@ class Prometheus(Struct, frozen=True, kw_only=True):
     tenant_header: HeaderName = ""
     tenant: str = ""  # "": the tenant of the alert
     parameters: Mapping[Name, str] = {}  # sent along with every query, `nocache: "1"`
+    # How long before an incident the same time is looked at again, where the store reaches back: a day, a week.
+    history_seconds: Annotated[tuple[Offset, ...], Meta(max_length=4)] = (86400.0, 604800.0)
 
     @property
     def rate_window_seconds(self) -> float:

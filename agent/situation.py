@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from agent.config import Config
@@ -18,9 +18,11 @@ from agent.dependency import Answer, Dependency
 from agent.expressions import Expressions, Told
 from agent.fold_model import Incident
 from agent.fold_state import State
+from agent.history import Archive
 from agent.sources import Budget, EvidenceRequest, Source, bounded, gather
 from agent.sources.kubernetes import EVIDENCE as OBJECTS
 from rules.anyalert import questions
+from rules.diagnose import moved
 from rules.expression import ExpressionError, read
 from rules.model import Alert, Evidence, Fact, Situation, Topology
 from rules.packs import EvidenceQuery, PackSet
@@ -93,23 +95,18 @@ class Situations:
         onset = min(incident.onset, now) - prometheus.onset_margin_seconds - about.hold_seconds
         start = min(onset, now) - prometheus.window_seconds
         topology = await self._topology(now)
-        evidence = await self._gather(about, topology, (start, now))
+        look = Situation(about.alerts, about.entry, onset, now, topology=topology)
+        look = await self._look(about, look, start)
         # Earlier trouble began before its alert fired, and left the rate windows after it had ended, as this one does.
         before, after = prometheus.onset_margin_seconds, prometheus.rate_window_seconds
+        looked_at = [(start, onset), *((start - h.offset, now - h.offset) for h in look.history)]
         windows = [
-            (max(begin - before, start), min(end + after, onset))
+            (max(begin - before, first), min(end + after, last))
+            for first, last in looked_at
             for service in incident.services or [""]
-            for begin, end in state.quiet_windows(service, start - after, onset, without=incident.id)
+            for begin, end in state.quiet_windows(service, first - after, last, without=incident.id)
         ]
-        return Situation(
-            alerts=about.alerts,
-            entry=about.entry,
-            onset=onset,
-            until=now,
-            evidence=evidence,
-            topology=topology,
-            quiet=tuple(sorted({window for window in windows if window[0] < window[1]})),
-        )
+        return replace(look, quiet=tuple(sorted({window for window in windows if window[0] < window[1]})))
 
     async def around(self, alerts: Sequence[Alert], tenant: str = "") -> Situation:
         """What `of` gives for an incident of these alerts that nothing else is known of."""
@@ -120,17 +117,16 @@ class Situations:
         began = min((alert.starts_at for alert in firing or alerts), default=now)
         onset = min(began, now) - prometheus.onset_margin_seconds - about.hold_seconds
         topology = await self._topology(now)
-        evidence = await self._gather(about, topology, (onset - prometheus.window_seconds, now))
-        return Situation(
-            alerts=about.alerts, entry=about.entry, onset=onset, until=now, evidence=evidence, topology=topology
-        )
+        look = Situation(about.alerts, about.entry, onset, now, topology=topology)
+        return await self._look(about, look, onset - prometheus.window_seconds)
 
     async def since(self, incident: Incident, names: Collection[str], start: float) -> Situation:
         """Only the signals `names`, from `start` to now: what a verdict on recovery needs."""
         now = self.clock()
         about = await self._about(incident)
         topology = await self._topology(now)
-        evidence = await self._gather(about, topology, (min(start, now), now), names)
+        request = self._request(about, topology, (min(start, now), now), names)
+        evidence = await self._gather(about, request)
         return Situation(
             alerts=about.alerts,
             entry=about.entry,
@@ -161,9 +157,41 @@ class Situations:
             seconds=time.monotonic() - began,
         )
 
-    async def _gather(
+    async def _look(self, about: About, look: Situation, start: float) -> Situation:
+        """The look with its evidence from `start` on, and with what the store holds of the same time before. Whether it
+        reaches back is asked beside the evidence; all of it has one deadline and one budget."""
+        began = time.monotonic()
+        request = self._request(about, look.topology, (start, look.until))
+        archive = Archive.of(self.sources, self.config.prometheus.history_seconds)
+        if archive is None:
+            return replace(look, evidence=await self._gather(about, request))
+        seconds = self._seconds(about)
+        async with asyncio.TaskGroup() as group:
+            reach = group.create_task(archive.reaches(look.onset, about.tenant, seconds))
+            gathering = group.create_task(self._gather(about, request))
+        look = replace(look, evidence=gathering.result())
+        if not reach.result():
+            return look
+        names = await asyncio.to_thread(moved, look, self.packs)
+        limits = self.config.investigate
+        frames = [evidence.frame for evidence in look.evidence]
+        budget = Budget(
+            max(limits.max_queries - len(request.queries), 0),
+            max(limits.max_series - sum(len(f.ids) for f in frames), 0),
+            max(limits.max_samples - sum(f.values.size for f in frames), 0),
+        )
+        left = seconds - (time.monotonic() - began)
+        history, missing = await archive.of_look(request, names, reach.result(), look.onset, budget, left)
+        return replace(look, evidence=(*look.evidence, *missing), history=history)
+
+    def _seconds(self, about: About) -> float:
+        """What is left of the one deadline for all evidence."""
+        seconds = self.config.prometheus.timeout_seconds
+        return max(seconds - about.seconds, seconds / 2.0)
+
+    def _request(
         self, about: About, topology: Topology, window: tuple[float, float], names: Collection[str] | None = None
-    ) -> tuple[Evidence, ...]:
+    ) -> EvidenceRequest:
         """What the packs ask of the services reachable from the entry and about the alerts, `names` only if given."""
         entry = about.entry
         reachable = topology.paths_from(entry) if entry in topology.services() else ()
@@ -177,20 +205,20 @@ class Situations:
             queries += [] if OBJECTS in known else [EvidenceQuery(name=OBJECTS, query="", source="kubernetes")]
         if self.packs.fallback_causes:
             queries += [q for q in _questions(about) if names is None or q.name in names]
-        prometheus = self.config.prometheus
-        request = EvidenceRequest(
+        return EvidenceRequest(
             queries=tuple(queries),
             services=services,
             start=window[0],
             end=window[1],
-            step=prometheus.step_seconds,
+            step=self.config.prometheus.step_seconds,
             tenant=about.tenant,
             alerts=tuple(dict(alert.labels) for alert in about.alerts),
         )
+
+    async def _gather(self, about: About, request: EvidenceRequest) -> tuple[Evidence, ...]:
         limits = self.config.investigate
-        left = max(prometheus.timeout_seconds - about.seconds, prometheus.timeout_seconds / 2.0)
         budget = Budget(limits.max_queries, limits.max_series, limits.max_samples)
-        evidence = await gather(self.sources, request, left, budget)
+        evidence = await gather(self.sources, request, self._seconds(about), budget)
         return (*evidence, *_expressions(about))
 
     async def _topology(self, now: float) -> Topology:

@@ -13,13 +13,13 @@ targets answer, restarts, rollouts and versions, requests, and the saturation of
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rules.drilldown import Drilldown, drill
+from rules.drilldown import POWER, Drilldown, drill
 from rules.expression import (
     Expression,
     ExpressionError,
@@ -32,9 +32,12 @@ from rules.expression import (
 )
 from rules.model import Evidence, Fact, FloatArray, Frame, Situation
 from rules.packs import EvidenceQuery
+from rules.seasons import aligned, pasts_of
 
 PARTS, PARTS_TOTAL, PEERS = "alert_parts", "alert_parts_total", "alert_peers"
+PARTS_OF_ALERT = frozenset({PARTS, PARTS_TOTAL, PEERS})
 DRILLDOWN = "alert.drilldown"  # evidence and kind of fact
+SEASON = 0.2  # of the change that an earlier day must have had for it to count
 MAX_BOUND = 16  # labels of an alert that queries are bound by
 WIDE = frozenset({"job", "namespace", "cluster", "service", "app", "env", "environment", "region", "tenant"})
 _OWN = frozenset({"alertname", "severity", "alertgroup", "prometheus", "prometheus_replica", "monitor", "replica"})
@@ -153,24 +156,54 @@ def _of_labels(target: list[str], bound: Collection[str]) -> dict[str, str]:
 def with_parts(situation: Situation) -> Situation:
     """The situation and what its parts and siblings tell: a fact `alert.drilldown` for the label values that explain
     the change, or for all series having changed alike."""
-    frames = {e.name: e.frame for e in situation.evidence if e.missing is None and e.frame.ids}
+    frames = _by_name(situation)
+    days = [(past, _by_name(past)) for past in pasts_of(situation)]
     facts: list[Fact] = []
     for name in (PARTS, PEERS):
         if name in frames:
-            total = frames.get(PARTS_TOTAL) if name == PARTS else None
-            facts += _facts(name, _drilled(frames[name], total, situation), situation.entry)
+            whole = PARTS_TOTAL if name == PARTS else ""
+            facts += _facts(name, _drilled(frames[name], frames.get(whole), situation, name, days), situation.entry)
     if not frames.keys() & {PARTS, PEERS}:
         return situation
     found = Evidence(DRILLDOWN, "derived", facts=tuple(facts[:2]))
     return replace(situation, evidence=(*situation.evidence, found))
 
 
-def _drilled(frame: Frame, total: Frame | None, situation: Situation) -> Drilldown:
+def _by_name(situation: Situation) -> dict[str, Frame]:
+    return {e.name: e.frame for e in situation.evidence if e.missing is None and e.frame.ids}
+
+
+def _drilled(
+    frame: Frame,
+    total: Frame | None,
+    situation: Situation,
+    name: str,
+    days: Sequence[tuple[Situation, Mapping[str, Frame]]],
+) -> Drilldown:
+    """What explains the change beyond what the same time of an earlier day had as well. Where that was two thirds of
+    it, nothing is left to explain."""
     labels = [dict(series.labels) for series in frame.ids]
+    before, after = _before_and_after(labels, frame, total, situation)
+    change = float(np.abs(after - before).sum())
+    left, base = change, before
+    for past, frames in days:
+        then = aligned(frame.ids, [frames[name]]) if name in frames else None
+        if then is None:
+            continue
+        was, came = _before_and_after(labels, then, None if total is None else frames.get(PARTS_TOTAL), past)
+        rest = float(np.abs(after - before - (came - was)).sum())
+        if float(np.abs(came - was).sum()) >= SEASON * change and rest < left:
+            left, base = rest, before + (came - was)
+    if left <= (1.0 - POWER) * change:
+        return Drilldown(None, 0.0, len(labels))
+    return drill(labels, base, after)
+
+
+def _before_and_after(
+    labels: list[dict[str, str]], frame: Frame, total: Frame | None, situation: Situation
+) -> tuple[FloatArray, FloatArray]:
     before, after = _levels(frame, situation)
-    if total is not None:
-        before = _expected(labels, before, after, total, situation)
-    return drill(labels, before, after)
+    return (before if total is None else _expected(labels, before, after, total, situation)), after
 
 
 def _levels(frame: Frame, situation: Situation) -> tuple[FloatArray, FloatArray]:

@@ -16,14 +16,15 @@ These series go through `rules.features` like any other. What follows from spans
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rules.features import WEAK, Finding, Traits, finding_of, frames_of, measure
+from rules.features import WEAK, Finding, Traits, finding_of, frames_of, measure_with
 from rules.model import BoolArray, FloatArray, Frame, SeriesId, Situation
 from rules.packs import Derivation, PackSet, Signal, State
+from rules.seasons import pasts_of
 from rules.traces import trace_findings
 
 KNOWN_BEFORE = 0.25  # of the normal samples with requests make a callee known
@@ -68,6 +69,24 @@ def derived_findings(situation: Situation, packs: PackSet) -> tuple[Finding, ...
 def _derived(situation: Situation, packs: PackSet) -> dict[SeriesId, Finding]:
     derived = {name: s for name, s in packs.signals.items() if s.derive is not None}
     found: dict[SeriesId, Finding] = {}
+    days = [(past, [frame for frame, _ in _frames(past, packs, derived)]) for past in pasts_of(situation)]
+    for frame, noise in _frames(situation, packs, derived):
+        for finding in _measured(frame, noise, situation, derived, days):
+            found.setdefault(finding.series, finding)
+    for name, signal in sorted(derived.items()):
+        if signal.derive is not None and signal.derive.kind == "share":
+            parts = [f for f in found.values() if f.signal in signal.derive.of]
+            for finding in _shares(name, signal, parts):
+                found[finding.series] = finding
+    for finding in trace_findings(situation, derived):
+        found.setdefault(finding.series, finding)
+    return found
+
+
+def _frames(
+    situation: Situation, packs: PackSet, derived: Mapping[str, Signal]
+) -> Iterator[tuple[Frame, dict[SeriesId, float]]]:
+    """The derived series of each grid, and the noise that some of them have by their nature."""
     for frame in frames_of(situation.evidence, packs) if derived else ():
         grid = _Grid.of(frame, situation, packs.signals)
         rows: dict[SeriesId, FloatArray] = {}
@@ -82,32 +101,21 @@ def _derived(situation: Situation, packs: PackSet) -> dict[SeriesId, Finding]:
             elif signal.derive is not None and signal.derive.kind == "calls":
                 for series, row, deviation in _calls(name, signal, grid, situation):
                     rows[series], noise[series] = row, deviation
-        for finding in _measured(rows, noise, grid, situation, derived):
-            found.setdefault(finding.series, finding)
-    for name, signal in sorted(derived.items()):
-        if signal.derive is not None and signal.derive.kind == "share":
-            parts = [f for f in found.values() if f.signal in signal.derive.of]
-            for finding in _shares(name, signal, parts):
-                found[finding.series] = finding
-    for finding in trace_findings(situation, derived):
-        found.setdefault(finding.series, finding)
-    return found
+        if rows:
+            yield Frame(frame.times, tuple(rows), np.vstack(list(rows.values()))), noise
 
 
 def _measured(
-    rows: Mapping[SeriesId, FloatArray],
+    frame: Frame,
     noise: Mapping[SeriesId, float],
-    grid: _Grid,
     situation: Situation,
     signals: Mapping[str, Signal],
+    days: Sequence[tuple[Situation, Sequence[Frame]]],
 ) -> list[Finding]:
-    if not rows:
-        return []
-    frame = Frame(grid.frame.times, tuple(rows), np.vstack(list(rows.values())))
     of = [signals[s.metric] for s in frame.ids]
     traits = Traits.of(of)
     floor = np.maximum(traits.floor, [noise.get(series, 0.0) for series in frame.ids])
-    features = measure(frame, replace(traits, floor=floor), situation)
+    features = measure_with(frame, replace(traits, floor=floor), situation, days)
     return [finding_of(s, signal, features, i) for i, (s, signal) in enumerate(zip(frame.ids, of, strict=True))]
 
 

@@ -14,14 +14,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from rules.anyalert import with_parts
+from rules.anyalert import PARTS_OF_ALERT, with_parts
 from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Model, combined_confidence, posteriors
 from rules.causality import Clock, Lead, direction
 from rules.derived import derived_findings
 from rules.engine import Matcher, graph_of, records_of
 from rules.evidence import NOTHING, Observation, Observer, clean, describe, describe_fact
 from rules.explaining import Explained, explained
-from rules.features import findings_of
+from rules.features import WEAK, findings_of
 from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
 from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
 from rules.subjects import causes_named
@@ -92,6 +92,25 @@ def observe(situation: Situation, packs: PackSet) -> Observer:
     situation = with_parts(situation)
     findings = (*findings_of(situation, packs), *derived_findings(situation, packs))
     return Observer(situation, packs, findings, graph_of(situation, packs, findings))
+
+
+def moved(situation: Situation, packs: PackSet) -> frozenset[str]:
+    """The evidence of which the same time of earlier days is worth knowing: what moved, what that was computed from,
+    and what may have failed to rise: requests, rates that should not fall, and what the alert itself is about. For
+    whoever gathers `Situation.history`."""
+    findings = observe(situation, packs).findings
+    names = {f.signal for f in findings if f.state not in (None, "absent") or abs(f.z) >= WEAK}
+    names |= {name for name, s in packs.signals.items() if s.kind == "rate" and s.bad in ("down", "both")}
+    names |= {name for s in packs.signals.values() if s.derive is not None for name in s.derive.traffic}
+    names |= {name for pack in packs.packs if pack.fallback for name in pack.signals}
+    open_ends = [name for name in names if name in packs.signals]
+    while open_ends:
+        derive = packs.signals[open_ends.pop()].derive
+        if derive is not None:
+            fresh = {*derive.of, *derive.traffic, *([derive.minus] if derive.minus else [])} - names
+            names |= fresh
+            open_ends += [name for name in fresh if name in packs.signals]
+    return frozenset(names | PARTS_OF_ALERT)
 
 
 def weigh(observer: Observer) -> tuple[Candidate, ...]:

@@ -219,7 +219,11 @@ def describe(finding: Finding, signal: Signal) -> str:
     if finding.direction == "silent":
         return f"{what} fell silent"
     if finding.direction == "flat":
-        return f"{what} as usual, {quantity(finding.level, signal.unit)}"
+        usual = "usual at this time" if finding.seasonal else "usual"
+        return f"{what} as {usual}, {quantity(finding.level, signal.unit)}"
+    if finding.seasonal:
+        expected = quantity(finding.baseline, signal.unit)
+        return f"{what} {quantity(finding.level, signal.unit)}, where {expected} is usual at this time"
     return f"{what} {quantity(finding.baseline, signal.unit)} -> {quantity(finding.level, signal.unit)}"
 
 

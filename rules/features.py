@@ -10,6 +10,9 @@ For every series, robustly against its own normal window:
               last third); the first samples, which may still be normal, are left out
     z         (level - baseline) / scale, signed so that positive is the bad direction
 
+Where the situation holds the same time of earlier days, `rules.seasons` puts what was usual then in the place of the
+baseline.
+
 z >= 3 is a weak change, z >= 6 a strong one, z <= -6 a change for the better ("contrary"). The floors, the level held
 for half of the window and the sign per kind of signal are what made robust scores work on public recordings.
 """
@@ -17,13 +20,14 @@ for half of the window and the sign per kind of signal are what made robust scor
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rules.model import BoolArray, Evidence, FloatArray, Frame, SeriesId, Situation
 from rules.packs import PackSet, Signal, State
+from rules.seasons import against, aligned, expectation, pasts_of
 from rules.subjects import SUBJECT, node_name
 
 WEAK = 3.0
@@ -57,6 +61,7 @@ class Finding:
     z: float  # positive is bad
     slope: float  # per second, over the abnormal window
     onset: float  # when the sustained change began, NaN: no change
+    seasonal: bool = False  # the baseline is what is usual at this time of the day or week
 
     @property
     def bad(self) -> bool:
@@ -78,6 +83,7 @@ class Features:
     sampled: BoolArray  # has a baseline of its own samples
     present: BoolArray  # has samples in the abnormal window
     apart: BoolArray  # every settled sample lies beyond every normal one
+    seasonal: BoolArray  # measured against the same time of an earlier day
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +112,11 @@ def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
     """All findings, ordered by series name. A series that comes twice counts once, the first wins."""
     found: dict[SeriesId, Finding] = {}
     measured = []
+    days = [(past, frames_of(past.evidence, packs)) for past in pasts_of(situation)]
     known: set[str] = set()  # services of which anything was seen before the onset
     for frame in frames_of(situation.evidence, packs):
         signals = [packs.signals[s.metric] for s in frame.ids]
-        features = measure(frame, Traits.of(signals), situation)
+        features = measure_with(frame, Traits.of(signals), situation, days)
         measured.append((frame, signals, features))
         known.update(s.service for s, seen in zip(frame.ids, features.sampled.tolist(), strict=True) if seen)
     for frame, signals, features in measured:
@@ -158,7 +165,34 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
             sampled=np.isfinite(before).sum(axis=1) >= MIN_BASELINE,
             present=count > 0,
             apart=_apart(before, settled, np.where(traits.sign == 0, np.sign(shift), traits.sign)),
+            seasonal=np.zeros(len(frame.ids), dtype=bool),
         )
+
+
+def measure_with(
+    frame: Frame, traits: Traits, situation: Situation, days: Sequence[tuple[Situation, Sequence[Frame]]]
+) -> Features:
+    """`measure`, against what the same time of the earlier `days` leads to expect (see `rules.seasons`): each as its
+    situation and its frames."""
+    today = measure(frame, traits, situation)
+    expected = []
+    for past, frames in days:
+        there = aligned(frame.ids, frames)
+        if there is None:
+            continue
+        values = np.where(np.isfinite(there.values), there.values, np.nan)
+        with np.errstate(all="ignore"):
+            _, spread, _ = _baseline(_settled(values[:, _windows(there.times, past)[1]]), traits)
+        expected.append(expectation(today, measure(there, traits, past), spread))
+    if not expected:
+        return today
+    with np.errstate(all="ignore"):
+        found = against(today, expected, traits.sign)
+        late = np.where((frame.times >= situation.onset)[None, :], frame.values, np.nan)
+        late = np.where(np.isfinite(late), late, np.nan)
+        towards = np.where(traits.sign == 0, np.sign(found.level - found.baseline), traits.sign)
+        onset = _onset(frame.times, late, found.baseline, found.scale, towards)
+    return replace(found, onset=np.where(found.seasonal, onset, found.onset))
 
 
 def compared(
@@ -345,6 +379,7 @@ def finding_of(series: SeriesId, signal: Signal, features: Features, i: int, nod
         z=z,
         slope=float(features.slope[i]),
         onset=float(features.onset[i]),
+        seasonal=bool(features.seasonal[i]),
     )
 
 
@@ -391,21 +426,7 @@ def _heard(finding: Finding, packs: PackSet, deaf: set[str]) -> Finding:
     if signal.kind == "up":
         return finding
     counts = None if signal.silent == "missing" or finding.service in deaf else signal.silent
-    return Finding(
-        finding.series,
-        finding.signal,
-        finding.group,
-        finding.service,
-        finding.peer,
-        counts,
-        "silent",
-        finding.baseline,
-        finding.scale,
-        finding.level,
-        finding.z,
-        finding.slope,
-        finding.onset,
-    )
+    return replace(finding, state=counts, direction="silent")
 
 
 def host_name(address: str) -> str:

@@ -194,10 +194,19 @@ class Topology:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """What was seen `offset` seconds before (a day, a week): the evidence of the same windows, at the times of then."""
+
+    offset: float
+    evidence: tuple[Evidence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Situation:
     """All that a diagnosis may look at, frozen. Normal is `time < onset`, abnormal is `time >= onset`.
 
-    `quiet` are windows (start, end) in the normal part during which an earlier incident was open: they are no baseline.
+    `quiet` are windows (start, end), in the normal part or in the times of `history`, during which an earlier incident
+    was open: they are no baseline.
     """
 
     alerts: tuple[Alert, ...]
@@ -209,6 +218,7 @@ class Situation:
     quiet: tuple[tuple[float, float], ...] = ()
     spans: Spans | None = None
     logs: Logs | None = None
+    history: tuple[History, ...] = ()
 
     def facts(self, kind: str) -> tuple[Fact, ...]:
         return tuple(f for e in self.evidence for f in e.facts if f.kind == kind)

@@ -10,6 +10,8 @@ One directory an incident:
 * series.csv.gz: wide table, `time` (unix seconds), then one column a series in Prometheus notation; empty: no sample.
   Rows before the onset are the normal window, the others the abnormal one.
 * topology.json: `{"edges": [[caller, callee], ...], "kinds": {service: kind}}`; kinds are optional.
+* history-SECONDS.csv.gz: optional, as series.csv.gz, of the same windows so many seconds before (a day, a week), with
+  the times of then.
 * traces.jsonl.gz, logs.jsonl.gz: optional, one span or log record a line (`agent.sources.spans`).
 * changes.json: optional, `{"releases": [], "commits": [], "deploys": [], "flags": []}`, objects that become facts.
 * facts.json: optional, `[{"evidence", "kind", "subject", "service", "attributes"}, ...]`.
@@ -40,12 +42,13 @@ import numpy as np
 from agent.alerts import PayloadError, parse_payload
 from agent.sources import EvidenceRequest, SourceError, bounded
 from agent.sources.spans import SpanRows, read_logs, read_spans, write_logs, write_spans
-from rules.model import Alert, Evidence, Fact, FloatArray, Frame, Logs, SeriesId, Situation, Spans, Topology
+from rules.model import Alert, Evidence, Fact, FloatArray, Frame, History, Logs, SeriesId, Situation, Spans, Topology
 
 MAX_CSV_BYTES = 512 * 1024 * 1024  # of series.csv, unpacked
 MAX_JSON_BYTES = 64 * 1024 * 1024
 SERIES = re.compile(r"(?P<metric>[^{}\s\"]+)(?:\{(?P<labels>.*)\})?", re.DOTALL)
 LABEL = re.compile(r'([^={},"\s]+)="((?:[^"\\]|\\.)*)"(,|\Z)', re.DOTALL)
+HISTORY = re.compile(r"history-([1-9][0-9]{0,8})\.csv\.gz")
 BYTE = re.compile(r"\(byte (\d+)\)")
 ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 UNESCAPED = {"n": "\n", '"': '"', "\\": "\\"}
@@ -143,6 +146,7 @@ def read_recording(directory: Path, tenant: str = "default") -> Situation:
     facts = _json(directory / "facts.json", tuple[_Fact, ...]) or ()
     times, ids, values = _read_series(directory / "series.csv.gz")
     spans, logs, partial = _read_events(directory)
+    history = _read_history(directory)
     if meta is None:
         missing = _json(directory / "missing.json", dict[str, str]) or {}
         evidence = _by_metric(times, ids, values, facts, missing) + _changes(directory / "changes.json")
@@ -150,7 +154,7 @@ def read_recording(directory: Path, tenant: str = "default") -> Situation:
         until = float(times[-1]) if times.size else alerts[0].starts_at
         entry = next((a.labels["service"] for a in alerts if a.labels.get("service")), "")
         onset = min(a.starts_at for a in alerts)
-        return Situation(alerts, entry, onset, until, evidence, topology, spans=spans, logs=logs)
+        return Situation(alerts, entry, onset, until, evidence, topology, (), spans, logs, history)
     if meta.version != 1 or len(meta.digests) != len(alerts):
         raise RecordingError(f"{directory / 'situation.json'}: version or alerts do not fit the other files")
     try:
@@ -164,7 +168,19 @@ def read_recording(directory: Path, tenant: str = "default") -> Situation:
         msgspec.structs.replace(alert, digest=digest, tenant=meta.tenant)
         for alert, digest in zip(alerts, meta.digests, strict=True)
     )
-    return Situation(alerts, meta.entry, meta.onset, meta.until, evidence, topology, meta.quiet, spans, logs)
+    return Situation(alerts, meta.entry, meta.onset, meta.until, evidence, topology, meta.quiet, spans, logs, history)
+
+
+def _read_history(directory: Path) -> tuple[History, ...]:
+    """What was seen earlier, one file for each distance in time; its metrics are evidence of their own."""
+    found = []
+    for path in sorted(directory.glob("history-*.csv.gz")):
+        named = HISTORY.fullmatch(path.name)
+        if named is None:
+            raise RecordingError(f"{path}: a history is named history-SECONDS.csv.gz")
+        times, ids, values = _read_series(path)
+        found.append(History(float(named[1]), _by_metric(times, ids, values, (), {})))
+    return tuple(sorted(found, key=lambda past: past.offset))
 
 
 def _read_events(directory: Path) -> tuple[Spans | None, Logs | None, list[tuple[str, str]]]:
@@ -395,14 +411,20 @@ def write_recording(directory: Path, situation: Situation) -> None:
         files["missing.json"] = missing
     files["alert.json"] = _payload(situation)
     texts = {name: json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) for name, body in files.items()}
-    with gzip.GzipFile(directory / "series.csv.gz", "wb", mtime=0) as packed:  # no clock: equal input, equal bytes
-        packed.write(table.csv().encode())
+    _write_table(directory / "series.csv.gz", table)
+    for past in situation.history:
+        _write_table(directory / f"history-{past.offset:.0f}.csv.gz", _Table.of(past.evidence))
     if situation.spans is not None:
         write_spans(directory / "traces.jsonl.gz", situation.spans)
     if situation.logs is not None:
         write_logs(directory / "logs.jsonl.gz", situation.logs, situation.spans)
     for name, text in texts.items():  # alert.json last: a directory with one is whole
         (directory / name).write_text(text + "\n", "utf-8")
+
+
+def _write_table(path: Path, table: _Table) -> None:
+    with gzip.GzipFile(path, "wb", mtime=0) as packed:  # no clock: equal input, equal bytes
+        packed.write(table.csv().encode())
 
 
 @dataclass(frozen=True, slots=True)
