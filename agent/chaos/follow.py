@@ -28,6 +28,7 @@ POLL_SECONDS = 0.25
 QUIET_SECONDS, PATIENCE_SECONDS = 8.0, 120.0
 CONFIRM_SECONDS = 5.0  # a recovery must last
 AFTERWARDS_SECONDS = 45.0  # for an agent to close its incidents once the shop is fine
+KILL_WITHIN_SECONDS = 9.0  # an alert is usually followed by a recovery within this time
 CONTROL_SECONDS = 20.0  # to watch on after the last event of a scenario in which nothing gets worse
 _Touched = tuple[str, str]
 
@@ -61,6 +62,8 @@ class Follower:
     acknowledged: float | None = None
     diagnosed: float | None = None
     acted: float | None = None
+    alerted: asyncio.Event = field(default_factory=asyncio.Event)
+    killed: float | None = None
     incidents: list[dict[str, Any]] = field(default_factory=list)
 
     async def until_over(self, timeline: asyncio.Task[None]) -> None:
@@ -98,6 +101,7 @@ class Follower:
         for name, since in (await self.world.alerts()).items():
             if since >= self.began - 1.0:
                 self.alerts.setdefault(name, time.time())
+                self.alerted.set()
         if self.job.arm in WITH_AGENT:
             found = await self.world.agent_incidents()
             self.incidents = sorted((i for i in found if i["id"] not in self.known), key=lambda i: i["opened_at"])
@@ -109,7 +113,7 @@ class Follower:
             if any(_touched(i) for i in self.incidents):
                 self.acted = self.acted or now
 
-    def run(self, seconds: float, killed: bool) -> Run:
+    def run(self, seconds: float) -> Run:
         """All of it as one record."""
         scenario, probes = self.job.scenario, self.world.probe.since(self.began)
         touched = [t for i in self.incidents for t in _touched(i)]
@@ -129,7 +133,8 @@ class Follower:
             repetition=self.job.repetition,
             seed=self.job.seed,
             at=self.began,
-            killed_agent=killed,
+            killed_agent=self.job.kill_agent,
+            killed_at=self._after(self.killed),
             degraded=self._after(degraded_at(probes)),
             alert=self._after(min(self.alerts.values(), default=None)),
             acknowledged=self._after(self.acknowledged or min(self.doings.acknowledged, default=None)),
@@ -199,24 +204,30 @@ async def follow(world: Workload, job: Job, doings: Doings) -> Run:
         known = frozenset(i["id"] for i in await world.agent_incidents())
     follower = Follower(world, job, doings, known, began=time.time())
     injected: list[str] = []
-    killing = asyncio.ensure_future(_kill_sometime(world, job))
+    killing = asyncio.ensure_future(_kill_sometime(follower))
     timeline = asyncio.ensure_future(_play(world, follower, injected))
     try:
         await follower.until_over(timeline)
     finally:
-        for task in (timeline, killing):
-            task.cancel()
-        await asyncio.gather(timeline, killing, return_exceptions=True)
+        timeline.cancel()
+        if follower.killed is None:
+            killing.cancel()  # begun, it goes on until the agent is back: the next run needs one
+        _, ended = await asyncio.gather(timeline, killing, return_exceptions=True)
         await _clear(world, injected)
-    killed = job.kill_agent and not killing.cancelled()
-    return follower.run(time.monotonic() - started, killed)
+    if isinstance(ended, Exception):
+        raise ended
+    return follower.run(time.monotonic() - started)
 
 
-async def _kill_sometime(world: Workload, job: Job) -> None:
+async def _kill_sometime(follower: Follower) -> None:
+    """kill -9 of the agent at a moment between the first alert and the usual recovery, which the seed decides."""
+    job = follower.job
     if not job.kill_agent or job.arm not in WITH_AGENT:
         return
-    await asyncio.sleep(random.Random(job.seed).uniform(1.0, 20.0))  # noqa: S311 - a moment, no secret
-    await world.kill_agent()
+    await follower.alerted.wait()
+    await asyncio.sleep(random.Random(job.seed).uniform(0.0, KILL_WITHIN_SECONDS))  # noqa: S311 - a moment, no secret
+    follower.killed = time.time()
+    await follower.world.kill_agent()
 
 
 async def _play(world: Workload, follower: Follower, injected: list[str]) -> None:

@@ -36,7 +36,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     repetition: int
     seed: int
     at: float  # unix seconds of the first injection (of the start, where nothing is injected)
-    killed_agent: bool = False
+    killed_agent: bool = False  # it was to be killed at a random moment
+    killed_at: float | None = None  # None: the run was over before
+    made_by: str = ""  # version and digest of packs
     degraded: float | None = None
     alert: float | None = None
     acknowledged: float | None = None

@@ -74,6 +74,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     alerts: tuple[str, ...] = ()
     innocent: tuple[str, ...] = ()  # probes that must stay good throughout: what suffers of them is collateral damage
     quick: bool = False
+    exclusive: bool = False  # it burns the machine's CPU, memory or disks: no other world may run beside it
     timeline: tuple[Event, ...]
     name: str = ""
 

@@ -157,7 +157,7 @@ class ChaosWorld(World):
     async def kill_agent(self) -> None:
         """kill -9, and then a supervisor's restart: the same command over the same state. Where no agent runs, nothing
         happens."""
-        child = self.children.get("agent")
+        child = self.children.pop("agent", None)  # out of the list meanwhile: that it has died is no surprise
         if child is None:
             return
         child.process.kill()

@@ -258,18 +258,22 @@ def chaos(arguments: argparse.Namespace) -> int:
     results = arguments.results or chaos.RESULTS
     if arguments.what == "report":
         return chaos.report(results, as_json=arguments.json)
-    return chaos.run(
-        chaos.load(tuple(arguments.file), tuple(arguments.names), quick=arguments.quick, workload=arguments.workload),
-        tuple(name.strip() for name in arguments.arms.split(",") if name.strip()),
-        results,
+    wanted = chaos.Wanted(
+        arms=tuple(name.strip() for name in arguments.arms.split(",") if name.strip()),
+        results=results,
         repetitions=arguments.repetitions,
         seed=arguments.seed,
         share=arguments.share,
+        worlds=arguments.worlds,
         kill_agent=arguments.kill_agent,
         keep=arguments.keep,
+        record=arguments.record,
         workload=arguments.workload,
-        as_json=arguments.json,
     )
+    scenarios = chaos.load(
+        tuple(arguments.file), tuple(arguments.names), quick=arguments.quick, workload=arguments.workload
+    )
+    return chaos.run(scenarios, wanted, as_json=arguments.json)
 
 
 def sandbox(arguments: argparse.Namespace) -> int:

@@ -8,13 +8,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from agent.commands.output import CommandError, Exit, emit_json, on_terminal, say, table
 
 if TYPE_CHECKING:
     from agent.chaos.measure import Run
-    from agent.chaos.run import Block, OpenWorld, Progress, Results
+    from agent.chaos.run import Block, MakeRuns, Progress, Results
     from agent.chaos.scenario import Scenario
 
 RESULTS = Path("build/chaos/runs.jsonl")
@@ -52,51 +52,95 @@ def listing(files: tuple[Path, ...], workload: Path | None, *, as_json: bool) ->
     return Exit.OK
 
 
-def run(
-    scenarios: dict[str, Scenario],
-    arms: tuple[str, ...],
-    results: Path,
-    *,
-    repetitions: int,
-    seed: int,
-    share: int,
-    kill_agent: bool,
-    keep: bool,
-    workload: Path | None,
-    as_json: bool,
-) -> int:
-    """Makes the runs that are not in `results` yet; exit code 1 when the agent did anything wrong or needless."""
-    from agent.chaos.arms import ARMS
-    from agent.chaos.run import Progress, Results, ResultsError, in_shop, in_workload, plan
-    from agent.chaos.workload import load_workload
-    from agent.demo.children import WorldError, adopt_orphans, missing_programs
+class Wanted(NamedTuple):
+    """How runs are to be made; what the options of `chaos run` say."""
 
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise CommandError(f"chaos: no arm {', '.join(unknown)}", f"there are {', '.join(ARMS)}", Exit.USAGE)
-    if workload is not None and arms != ("auto",):
-        raise CommandError("chaos: a workload of your own has one arm, the agent that runs there", code=Exit.USAGE)
-    if workload is None and (missing := missing_programs()):
-        raise CommandError("chaos: " + "; ".join(missing), code=Exit.USAGE)
+    arms: tuple[str, ...]
+    results: Path
+    repetitions: int
+    seed: int
+    share: int
+    worlds: int
+    kill_agent: bool
+    keep: bool
+    record: Path | None
+    workload: Path | None
+
+
+def run(scenarios: dict[str, Scenario], wanted: Wanted, *, as_json: bool) -> int:
+    """Makes the runs that are not in the results yet; exit code 1 when the agent did anything wrong or needless."""
+    from agent.chaos.run import Progress, Results, ResultsError, made_by, plan
+    from agent.demo.children import WorldError, adopt_orphans
+
+    _check(wanted)
+    version = made_by()
+    blocks = plan(
+        scenarios,
+        wanted.arms,
+        repetitions=wanted.repetitions,
+        seed=wanted.seed,
+        share=wanted.share,
+        kill_agent=wanted.kill_agent,
+    )
+    progress = Progress(sum(len(b.jobs) for b in blocks), lambda what, made: None)
+    adopt_orphans()
     try:
-        book = Results.open(results)
+        with Results.writing(wanted.results) as book, _shown(progress, quiet=as_json), _swept():
+            if others := {r.made_by for r in book.runs} - {version}:
+                progress.tell(
+                    f"there are runs by another version: {', '.join(sorted(others))}; this is {version}", None
+                )
+            with _makes(wanted, version, progress) as (make, worlds):
+                asyncio.run(_until_done_or_told(blocks, book, progress, make, worlds))
     except ResultsError as error:
         raise CommandError(str(error)) from error
-    blocks = plan(scenarios, arms, repetitions=repetitions, seed=seed, share=share, kill_agent=kill_agent)
-    progress = Progress(sum(len(b.jobs) for b in blocks), lambda what, made: None)
-    left_behind = results.with_suffix(".active.json")
-    opened = in_shop(keep) if workload is None else in_workload(load_workload(workload), left_behind)
-    adopt_orphans()
-    with _shown(progress, quiet=as_json), _swept():
-        try:
-            asyncio.run(_until_done_or_told(blocks, book, progress, opened))
-        except WorldError as error:
-            raise CommandError(
-                f"chaos: {error}", f"the runs so far are in {results}; the same command goes on"
-            ) from error
-    return report(results, as_json=as_json)
+    except WorldError as error:
+        hint = f"the runs so far are in {wanted.results}; the same command goes on"
+        raise CommandError(f"chaos: {error}", hint) from error
+    return report(wanted.results, as_json=as_json)
 
 
-async def _until_done_or_told(blocks: list[Block], book: Results, progress: Progress, opened: OpenWorld) -> None:
+def _check(wanted: Wanted) -> None:
+    """Raises CommandError for what cannot be run."""
+    from agent.chaos.arms import ARMS
+    from agent.demo.children import missing_programs
+
+    if unknown := [arm for arm in wanted.arms if arm not in ARMS]:
+        raise CommandError(f"chaos: no arm {', '.join(unknown)}", f"there are {', '.join(ARMS)}", Exit.USAGE)
+    if wanted.workload is not None and wanted.arms != ("auto",):
+        raise CommandError("chaos: a workload of your own has one arm, the agent that runs there", code=Exit.USAGE)
+    if wanted.workload is not None and wanted.record is not None:
+        raise CommandError(
+            "chaos: --record is for the demo's shop", "set investigate.recordings of your agent", Exit.USAGE
+        )
+    if wanted.workload is None and (missing := missing_programs()):
+        raise CommandError("chaos: " + "; ".join(missing), code=Exit.USAGE)
+
+
+@contextlib.contextmanager
+def _makes(wanted: Wanted, version: str, progress: Progress) -> Iterator[tuple[MakeRuns, int]]:
+    """Where runs are made, and how many worlds at once: one, where worlds cannot be kept apart."""
+    from agent.chaos.isolation import Keeping, obstacle
+    from agent.chaos.run import in_workload, in_worlds, place_for_worlds
+    from agent.chaos.workload import load_workload
+
+    if wanted.workload is not None:
+        left_behind = wanted.results.with_suffix(".active.json")
+        yield in_workload(load_workload(wanted.workload), left_behind, version), 1
+        return
+    record = "" if wanted.record is None else str(wanted.record.resolve())
+    keeping = Keeping(worlds=wanted.keep, record=record, made_by=version)
+    if why := obstacle():
+        progress.tell(f"worlds cannot be isolated here, so there is one at a time: {why}", None)
+        yield in_worlds(keeping, None), 1
+        return
+    with place_for_worlds(wanted.results, wanted.keep) as place:
+        yield in_worlds(keeping, place), wanted.worlds
+
+
+async def _until_done_or_told(
+    blocks: list[Block], book: Results, progress: Progress, make: MakeRuns, worlds: int
+) -> None:
     from agent.chaos.run import run_all
 
     task = asyncio.current_task()
@@ -104,7 +148,7 @@ async def _until_done_or_told(blocks: list[Block], book: Results, progress: Prog
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        await run_all(blocks, book, progress, opened)
+        await run_all(blocks, book, progress, make, worlds)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 

@@ -154,13 +154,14 @@ class World:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls, seed: int = 1, keep: bool = False) -> AsyncIterator[Self]:
+    async def running(cls, seed: int = 1, keep: bool = False, cpu: int | None = None) -> AsyncIterator[Self]:
         """A world whose shop is open and whose Prometheus sees every target; without the agent. It ends with the
-        context; `keep` leaves its directory (logs, data) behind."""
+        context; `keep` leaves its directory (logs, data) behind; `cpu` is the one that `orders` is pinned to."""
         directory = fresh_directory()
         try:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
                 world = cls(directory, session, seed)
+                world.orders_cpu = world.orders_cpu if cpu is None else cpu
                 try:
                     await world._build()
                     async with world.probe.probing():
