@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,14 +19,15 @@ import aiohttp
 import msgspec
 
 from agent.gateway.score import Answered, answered, sound
-from agent.gateway.worker import LENGTH, Setting
+from agent.gateway.worker import LENGTH, OUT_OF_MEMORY, Setting
 from rules.model import Diagnosis, Situation
 
 ROOT: Final = str(Path(__file__).resolve().parents[2])  # where `agent` is found
 MAX_ANSWER: Final = 8 * 1024 * 1024
 START_SECONDS: Final = 30.0
 GRACE_SECONDS: Final = 1.0  # a late process may finish; then it is ended
-BACKOFF_SECONDS: Final = (0.0, 1.0, 5.0, 30.0)  # before the next start, by failures in a row
+BACKOFF_SECONDS: Final = (0.0, 1.0, 5.0, 30.0, 60.0)  # before the next start, by failures of late
+REMEMBERED_SECONDS: Final = 300.0  # for how long a failure counts, whatever went well since
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,12 +96,13 @@ class ProcessChannel:
         self._starting: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[bytes] | None = None
         self._ending: set[asyncio.Task[None]] = set()
-        self._failures = 0
+        self._failures: deque[float] = deque(maxlen=len(BACKOFF_SECONDS))  # when it failed
         self._not_before = 0.0
         self.problem = "not started yet"
 
     async def ready(self, seconds: float = START_SECONDS) -> bool:
-        """Waits until it can be asked, at most so long."""
+        """Waits until it can be asked, at most so long. Who waits for it does not want it to hold back."""
+        self._not_before = 0.0
         self._start()
         if self._starting is not None:
             await asyncio.wait([self._starting], timeout=seconds)
@@ -130,10 +133,7 @@ class ProcessChannel:
         if (error := asking.exception()) is not None:
             await self._failed(process, error)
             return none("crashed", self.problem, self.version, seconds)
-        answer = checked(asking.result(), seconds, self.version)
-        if answer.short.status == "ok":
-            self._failures = 0
-        return answer
+        return checked(asking.result(), seconds, self.version)
 
     async def _late(self, process: asyncio.subprocess.Process, asking: asyncio.Task[bytes]) -> None:
         """It may finish, for whoever comes next; an engine that hangs is ended."""
@@ -169,7 +169,7 @@ class ProcessChannel:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
                 env={"PATH": os.defpath, "PYTHONPATH": ROOT, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
+                process_group=0,  # no session: its autogroup would get as large a share of the CPUs as ours
                 limit=MAX_ANSWER,
             )
             _give_way(process.pid)
@@ -186,7 +186,8 @@ class ProcessChannel:
                 await _ended(process)
 
     async def _failed(self, process: asyncio.subprocess.Process | None, error: BaseException) -> None:
-        """Ends the process; the next start waits the longer, the more of them have failed in a row."""
+        """Ends the process; the next start waits the longer, the more of them have failed of late: each start costs
+        the host a second of CPU, and an engine that dies at every other question would ask for one at each."""
         if self._process is process:
             self._process = None
         code = ""
@@ -194,9 +195,13 @@ class ProcessChannel:
             await _ended(process, by_itself=isinstance(error, EOFError))
             code = f" (exit status {process.returncode})"
         text = "it ended" if isinstance(error, EOFError) else str(error) or type(error).__name__
+        if process is not None and process.returncode == OUT_OF_MEMORY:
+            text = "it ran out of the memory that a diagnosis may take"
         self.problem = f"{text}{code}"
-        self._not_before = time.monotonic() + BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS) - 1)]
-        self._failures += 1
+        now = time.monotonic()
+        self._failures.append(now)
+        recent = sum(now - at < REMEMBERED_SECONDS for at in self._failures)
+        self._not_before = now + BACKOFF_SECONDS[recent - 1]
 
     async def close(self) -> None:
         for task in (self._starting, self._asking, *self._ending):

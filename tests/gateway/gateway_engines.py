@@ -68,6 +68,13 @@ def impossible(situation: Any, packs: Any) -> Any:
     )
 
 
+def every_other(situation: Any, packs: Any) -> Any:
+    """Answers once, then dies."""
+    global _turn
+    _turn += 1
+    return crash(situation, packs) if _turn % 2 == 0 else good(situation, packs)
+
+
 _turn = 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from aiohttp import web
 from gateway_world import FAULT, RECORDINGS, Open, ask
 
 from agent.config import Candidate
-from agent.gateway.channel import ProcessChannel
+from agent.gateway.channel import BACKOFF_SECONDS, ProcessChannel
 from agent.gateway.gateway import Gateway, GatewayError, Request, confined, share
 from agent.sources.recorded import RecordingError, read_recording
 from rules.diagnose import diagnose
@@ -60,7 +61,7 @@ async def test_a_difference_is_answered_recorded_and_told(open_gateway: Open) ->
         ("spin", "late", "no answer within"),
         ("crash", "crashed", "exit status 17"),
         ("fail", "crashed", "KeyError: 'a bug'"),
-        ("allocate", "crashed", ""),
+        ("allocate", "crashed", "out of the memory that a diagnosis may take"),
         ("nonsense", "invalid", "no diagnosis"),
         ("impossible", "invalid", "no number from 0 to 1"),
         ("chatter", "ok", ""),
@@ -89,6 +90,35 @@ async def test_a_dead_one_is_started_again(open_gateway: Open) -> None:
     assert (await ask(gateway)).b.short.status == "ok"
 
 
+async def test_one_that_dies_again_and_again_is_started_ever_less_often(
+    open_gateway: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that answers in between: what counts are the failures of the last minutes."""
+    starts = 0
+    begin = ProcessChannel._started
+
+    async def counted(self: ProcessChannel) -> None:
+        nonlocal starts
+        starts += 1
+        await begin(self)
+
+    monkeypatch.setattr(ProcessChannel, "_started", counted)
+    gateway = await open_gateway("every_other", budget_seconds=9.0)
+    said = []
+    for _ in range(3):
+        await process(gateway).ready()  # whatever its wait
+        said += [(await ask(gateway)).b.short.status, (await ask(gateway)).b.short.status]
+        await process(gateway).rest()
+    assert said == ["ok", "crashed"] * 3
+    assert starts == 3
+    waits = process(gateway)._not_before - time.monotonic()
+    assert BACKOFF_SECONDS[1] < waits <= BACKOFF_SECONDS[2]
+    before = starts
+    for _ in range(20):
+        assert (await ask(gateway)).b.short.status == "unavailable"
+    assert starts == before
+
+
 async def test_one_that_hangs_is_ended_and_its_process_is_gone(open_gateway: Open) -> None:
     gateway = await open_gateway("hang", budget_seconds=0.05)
     hanging = process(gateway)._process
@@ -109,6 +139,10 @@ async def test_limits_of_the_process(open_gateway: Open) -> None:
     assert any(line.startswith("Max address space") and "943718400" in line for line in limits.splitlines())
     assert Path(f"/proc/{running.pid}/oom_score_adj").read_text().strip() == "1000"
     assert os.sched_getscheduler(running.pid) == os.SCHED_IDLE
+    # A group of its own would have a share of its own, in which the idle class is the only one.
+    assert os.getsid(running.pid) == os.getsid(0)
+    assert os.getpgid(running.pid) == running.pid != os.getpgid(0)
+    assert (await ask(gateway)).b.short.status == "ok"
     names = Path(f"/proc/{running.pid}/environ").read_bytes().split(b"\0")
     assert {n.partition(b"=")[0] for n in names if n} <= {
         *(b"PATH", b"PYTHONPATH", b"OPENBLAS_NUM_THREADS", b"OMP_NUM_THREADS", b"LC_CTYPE")
