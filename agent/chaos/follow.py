@@ -142,6 +142,7 @@ class Follower:
             acted=self._after(self.acted if self.job.arm in WITH_AGENT else acted_at),
             recovered=self._after(recovered),
             top=tuple(f"{cause}@{service}" for cause, service in top),
+            truth=tuple(f"{cause}@{scenario.truth.service}" for cause in scenario.truth.causes),
             rank=rank,
             answer=next((i["verdict"] or "" for i in self.incidents), ""),
             actions=tuple(f"{action}@{service}" for action, service in acts),

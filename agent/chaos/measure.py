@@ -46,11 +46,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     acted: float | None = None
     recovered: float | None = None
     top: tuple[str, ...] = ()  # "cause@service", best first
+    truth: tuple[str, ...] = ()  # "cause@service" of everything that names the cause rightly
     rank: int | None = None  # of the true cause, from 1
     answer: str = ""  # ranked | insufficient_evidence | "": no diagnosis
     actions: tuple[str, ...] = ()  # "action@service", in order
     wrong: tuple[str, ...] = ()  # those of them that were not right here
     needless: tuple[str, ...] = ()  # those of a control
+    repeated: tuple[str, ...] = ()  # what the agent's journal shows to have been done twice, in words
     undone: int = 0
     attempts: int = 0
     collateral: float = 0.0  # share of bad probes among those that should have stayed good

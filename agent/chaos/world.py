@@ -78,6 +78,16 @@ class ChaosWorld(World):
         # Who only looks: what breaks the checkout alone must not break this, and no remedy may either.
         self.browse = Probe(self.ports.url("front") + "/", "GET", None)
         self.autonomy = "auto"
+        self.keeps_looks = False  # whether the agent writes a recording of every look
+
+    @property
+    def state_dir(self) -> Path:
+        """The agent's state: its journal is in it."""
+        return self.place("agent") / "state"
+
+    @property
+    def looks(self) -> Path:
+        return self.place("agent") / "looks"
 
     async def _start_supervisor(self) -> None:
         behind = {"database": self.ports.postgres, "payments": self.ports.payments}
@@ -104,6 +114,8 @@ class ChaosWorld(World):
     def agent_configuration(self) -> str:
         document = yaml.safe_load(super().agent_configuration())
         document["autonomy"] = {"default": self.autonomy}
+        if self.keeps_looks:
+            document["investigate"]["recordings"] = str(self.looks)
         return yaml.safe_dump(document, sort_keys=False)
 
     async def alerts(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,12 @@ def _shown(progress: Progress, *, quiet: bool) -> Iterator[None]:
         yield
         return
     if not on_terminal():
-        progress.tell = lambda what, made: say(_line(progress, what, made))
+
+        def line(what: str, made: Run | None) -> None:
+            say(_line(progress, what, made))
+            sys.stdout.flush()  # who runs this for hours reads a file
+
+        progress.tell = line
         yield
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -216,6 +222,9 @@ def _line(progress: Progress, what: str, made: Run | None) -> str:
         parts.append(f"said {made.top[0]}" + ("" if made.rank == 1 or not made.degraded else " (WRONG)"))
     if made.actions:
         parts.append("did " + ", ".join(made.actions))
+    if made.killed_at is not None:
+        parts.append(f"agent killed after {made.killed_at:.1f} s")
+    parts += [f"DONE TWICE: {what}" for what in made.repeated]
     if harmful(made):
         parts.append("WRONG OR NEEDLESS: " + ", ".join(harmful(made)))
     if made.void:
@@ -227,6 +236,7 @@ def _line(progress: Progress, what: str, made: Run | None) -> str:
 
 def report(results: Path, *, as_json: bool, page: Path | None = None, metrics: Path | None = None) -> int:
     """Prints the summary, writes the page and the metrics beside the results; 1 when something was done wrongly."""
+    from agent.chaos import page as shown
     from agent.chaos import report as told
     from agent.chaos.run import Results, ResultsError
 
@@ -238,17 +248,18 @@ def report(results: Path, *, as_json: bool, page: Path | None = None, metrics: P
         raise CommandError(f"chaos: {results} has no runs", "alertmedic chaos run")
     page = page or results.with_name("report.html")
     metrics = metrics or results.with_name("metrics.prom")
-    page.write_text(told.page(runs))
+    page.write_text(shown.page(runs))
     metrics.write_bytes(told.metrics(runs))
     summary = told.summary(runs)
-    harm = sum(len(told.harmful(r)) for r in told.counting(runs) if r.arm in told.OURS)
+    kept = [r for r in told.counting(runs) if r.arm in told.OURS]
+    harm = sum(len(told.harmful(r)) + len(r.repeated) for r in kept)
     if as_json:
         emit_json(summary)
     else:
         _say(summary)
         say(f"the page: {page}; metrics: {metrics}")
         if harm:
-            say(f"{harm} wrong or needless actions")
+            say(f"{harm} actions that were wrong, needless or done twice")
     return Exit.FAULT if harm else Exit.OK
 
 
@@ -302,4 +313,12 @@ def _say(summary: dict[str, object]) -> None:
         if value["value"] is not None:
             low, mid, high = (f"{value[k]:.0%}" for k in ("low", "value", "high"))
             say(f"{pair}: {mid} less time out of bounds ({low} to {high}), healable faults")
+    killed = summary["killed_agent"]
+    assert isinstance(killed, dict)
+    if killed["runs"]:
+        healed = killed["healed_of_healable"]
+        say(
+            f"{killed['runs']} runs with the agent killed ({killed['before_recovery']} before the recovery): "
+            f"{healed['hits']} of {healed['of']} healable healed, {killed['repeated']} steps done twice"
+        )
     say(f"{summary['runs']} runs, {summary['void']} void, {len(summary['misses'])} misses")  # type: ignore[arg-type]

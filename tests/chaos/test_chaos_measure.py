@@ -22,7 +22,8 @@ from agent.chaos.measure import (
     restricted_mean,
     share,
 )
-from agent.chaos.report import metrics, page, summary
+from agent.chaos.page import page
+from agent.chaos.report import metrics, summary
 
 METRIC = re.compile(r"\b(?:mttr_|recovery_(?:attempts|duration)|rollback_)\w*")
 
@@ -99,6 +100,50 @@ def test_the_summary_counts_misses_and_leaves_out_void_runs() -> None:
     assert {m["scenario"] for m in told["misses"]} == {"b", "c"}
     assert told["against"]["auto/liveness"]["reduction"]["value"] == pytest.approx(1 - 12 / 120)
     assert told["arms"]["liveness"]["restricted_mean_seconds"]["value"] == CAP_SECONDS
+
+
+def test_runs_with_a_killed_agent_are_told_apart_from_the_comparison() -> None:
+    runs = [
+        run("a"),
+        run("a", "liveness", recovered=80.0, rank=None, top=()),
+        run("a", recovered=60.0, killed_agent=True, killed_at=5.5),
+        run("b", recovered=None, killed_agent=True, killed_at=7.0, repeated=("x on y: took effect 2 times",)),
+        run("c", killed_agent=True, killed_at=None),
+    ]
+    told = summary(runs)
+    assert told["arms"]["auto"]["runs"] == 1
+    assert told["against"]["auto/liveness"]["reduction_healable"]["value"] == pytest.approx(1 - 12 / 80)
+    killed = told["killed_agent"]
+    assert (killed["runs"], killed["killed"], killed["before_diagnosis"], killed["before_recovery"]) == (3, 2, 1, 2)
+    assert (killed["healed_of_healable"]["hits"], killed["repeated"]) == (2, 1)
+    aims = {aim["what"]: aim["met"] for aim in told["aims"]}
+    assert aims["less time out of bounds than liveness, healable faults"] is True
+    assert aims["less time out of bounds than command, healable faults"] is None
+    assert aims["steps done twice"] is True
+    assert aims["steps done twice, the agent killed"] is False
+    assert [m["scenario"] for m in told["misses"]] == ["b"]
+
+
+def test_every_way_to_fall_short_is_told_in_words() -> None:
+    runs = [
+        run("cause", rank=2, top=("x@y", "z@w")),
+        run("silent", rank=None, top=(), answer="insufficient_evidence"),
+        run("wrong", wrong=("service.restart@y",), actions=("service.restart@y",)),
+        run("unhealed", recovered=None, outcome="escalated"),
+        run("needless", healed_by="itself", degraded=None, recovered=None, needless=("workers.scale@w",), rank=None),
+        run("twice", repeated=("x on y: took effect 2 times",)),
+        run("fine"),
+    ]
+    told = {m["scenario"]: "; ".join(m["why"]) for m in summary(runs)["misses"]}
+    assert set(told) == {r.scenario for r in runs} - {"fine"}
+    assert "at place 2: first was x@y" in told["cause"]
+    assert "insufficient_evidence" in told["silent"]
+    assert "service.restart@y was wrong" in told["wrong"]
+    assert "not healed within 120 s: it did nothing, and ended escalated" in told["unhealed"]
+    assert "workers.scale@w was needless" in told["needless"]
+    assert "took effect 2 times" in told["twice"]
+    text = page(runs)
+    assert all(why in text for why in told.values())
 
 
 def test_the_page_tells_everything_and_runs_nothing_of_what_it_was_told() -> None:
