@@ -317,7 +317,7 @@ class Kubernetes(Struct, frozen=True, kw_only=True):
     def covers(self, subject: str) -> bool:
         """Whether that is the name of a Kubernetes object (`kind/namespace/name`, `node/name`) that may be acted on."""
         kind, *rest = subject.split("/")
-        if kind == "node":
+        if kind in ("node", "instance"):  # an address may be a node's
             return len(rest) == 1
         return len(rest) == 2 and all(rest) and (not self.namespaces or rest[0] in self.namespaces)
 

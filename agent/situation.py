@@ -25,6 +25,7 @@ from rules.anyalert import questions
 from rules.diagnose import moved
 from rules.expression import ExpressionError, read
 from rules.model import Alert, Evidence, Fact, Situation, Topology
+from rules.owners import owner_queries
 from rules.packs import EvidenceQuery, PackSet
 from rules.subjects import EXPRESSION_FACT, entry_of, kind_of, subject_of
 
@@ -200,9 +201,12 @@ class Situations:
         queries = [q for q in self.packs.asked(about.causes) if names is None or q.name in names]
         if kind_of(entry) and not services:  # no service is involved, so nothing is asked of services
             queries = [q for q in queries if "$alert(" in q.query]
-        if names is None and any(source.name == "kubernetes" for source in self.sources):
-            known = {q.name for q in queries}
-            queries += [] if OBJECTS in known else [EvidenceQuery(name=OBJECTS, query="", source="kubernetes")]
+        if not any(source.name == "kubernetes" for source in self.sources):
+            queries = [q for q in queries if q.source != "kubernetes"]
+        elif names is None and OBJECTS not in {q.name for q in queries}:
+            queries.append(EvidenceQuery(name=OBJECTS, query="", source="kubernetes"))
+        if names is None:
+            queries += [q for alert in about.alerts[:1] for q in owner_queries(entry, alert.labels)]
         if self.packs.fallback_causes:
             queries += [q for q in _questions(about) if names is None or q.name in names]
         return EvidenceRequest(

@@ -232,6 +232,8 @@ def _hypotheses(incident: Incident) -> Iterator[Row]:
     yield Row(f"{verdict}; {diagnosis.candidates} candidates were weighed", incident.diagnosed_at, tone=tone)
     if diagnosis.sentence:
         yield Row(printable(diagnosis.sentence))
+    if diagnosis.owner:
+        yield Row(printable(f"the object to change: {diagnosis.owner}"))
     for rank, hypothesis in enumerate(diagnosis.hypotheses, 1):
         yield from _hypothesis(rank, hypothesis)
     for precedent in incident.precedents:

@@ -23,6 +23,7 @@ from rules.evidence import NOTHING, Observation, Observer, clean, describe, desc
 from rules.explaining import Explained, explained
 from rules.features import WEAK, findings_of
 from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
+from rules.owners import parts
 from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
 from rules.subjects import causes_named
 
@@ -84,6 +85,7 @@ def conclude(observer: Observer, limit: int = TOP) -> Diagnosis:
         sentence=_sentence(clear, ranked_at_all, hypotheses, missing),
         version=packs.version,
         clear=clear,
+        owner=observer.owners.of(situation.entry),
     )
 
 
@@ -431,11 +433,25 @@ def _resolved(reference: Reference, candidate: Candidate, observer: Observer, se
     if kind == "alert":
         values = {value for alert in observer.situation.alerts if (value := alert.labels.get(name, ""))}
         return values.pop() if len(values) == 1 else None
+    if kind == "owner":
+        return dict(parts(_owner(candidate, observer, seen))).get(name)
     if seen.state not in ("strong", "weak"):
         return None
     if kind == "fact":
         return observer.attributes(seen.facts[0]).get(name) if seen.facts else None
     return seen.findings[0].series.label(name) or None if seen.findings else None
+
+
+def _owner(candidate: Candidate, observer: Observer, seen: Observation) -> str:
+    """The object above the pod that the leading series or fact is about; without one, above the candidate."""
+    owners = observer.owners
+    if seen.state in ("strong", "weak"):
+        if seen.facts and seen.facts[0].subject.startswith("pod/"):
+            return owners.top(seen.facts[0].subject)
+        series = seen.findings[0].series if seen.findings else None
+        if series is not None and series.label("namespace") and series.label("pod"):
+            return owners.top(f"pod/{series.label('namespace')}/{series.label('pod')}")
+    return owners.of(candidate.service)
 
 
 def _sentence(clear: bool, ranked: bool, hypotheses: tuple[Hypothesis, ...], missing: Mapping[str, str]) -> str:

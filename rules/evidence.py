@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 
 from rules.engine import Fired, Graph, Record, holds
 from rules.features import Finding
 from rules.model import Fact, Situation
+from rules.owners import Owners
 from rules.packs import Condition, FactTest, PackSet, Scalar, Signal, State
 
 SUSPICION_HALVES_SECONDS = 60.0  # a neighbour hurts at once: the earlier it began, the less likely it is the one
@@ -55,6 +57,11 @@ class Observer:
             self._by_service.setdefault((finding.group, finding.service), []).append(finding)
             if finding.peer:
                 self._by_peer.setdefault((finding.group, finding.peer), []).append(finding)
+
+    @cached_property
+    def owners(self) -> Owners:
+        """Which Kubernetes objects stand above what the situation is about."""
+        return Owners(self.situation)
 
     def observe(self, service: str, group: str, at: str = "self") -> Observation:
         """The state of `group`, looked at `at` the node `service`."""

@@ -288,6 +288,7 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sentence: str = ""
     version: str = ""  # of packs and model
     clear: bool = True
+    owner: str = ""  # Kubernetes object above what the alert is about (`deployment/shop/cart`, see `rules.owners`)
 
     @property
     def best(self) -> Hypothesis | None:

@@ -33,7 +33,8 @@ VOCABULARY = frozenset(
     | {"flag", "peer", "queue", "mountpoint"}  # labels of the series that the cause points at
 )
 REFERENCE = re.compile(
-    r"(candidate\.service|candidate\.entry|fact\.[a-z_]+|label\.[a-zA-Z_][a-zA-Z0-9_]*|alert\.[a-zA-Z_][a-zA-Z0-9_]*)"
+    r"(candidate\.service|candidate\.entry|fact\.[a-z_]+|label\.[a-zA-Z_][a-zA-Z0-9_]*|alert\.[a-zA-Z_][a-zA-Z0-9_]*"
+    r"|owner\.(kind|namespace|name|node))"
 )
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
@@ -144,7 +145,8 @@ class Likelihood(_Strict, frozen=True, kw_only=True):
 
 class Reference(_Strict, frozen=True, kw_only=True):
     """A parameter taken from the hypothesis: `candidate.service`, `fact.<attribute>`, `label.<label>`, or from the
-    alert: `alert.<label>`."""
+    alert: `alert.<label>`; or from the Kubernetes object above the pod of the leading series or fact, or else above the
+    candidate: `owner.kind`, `owner.namespace`, `owner.name`, or of a node `owner.node` (see `rules.owners`)."""
 
     source: str = msgspec.field(name="from")
 

@@ -127,6 +127,8 @@ async def _around(config: Config, packs: PackSet, alerts: tuple[Alert, ...], now
 def _tell(path: Path, diagnosis: Diagnosis) -> None:
     say(f"{path.name}: {diagnosis.verdict.replace('_', ' ')}; {diagnosis.candidates} candidates were weighed")
     say(f"  {diagnosis.sentence}")
+    if diagnosis.owner:
+        say(f"  the object to change: {diagnosis.owner}")
     for rank, hypothesis in enumerate(diagnosis.hypotheses, 1):
         _tell_hypothesis(rank, hypothesis)
     say("")

@@ -56,6 +56,7 @@ def incident_json(incident: Incident) -> dict[str, Any]:
         "truncated": incident.truncated,
         "verdict": None if diagnosis is None else diagnosis.verdict,
         "sentence": "" if diagnosis is None else diagnosis.sentence,
+        "owner": "" if diagnosis is None else diagnosis.owner,
         "missing": {} if diagnosis is None else diagnosis.missing,
         "clear": False if diagnosis is None else diagnosis.verdict == "ranked" and diagnosis.clear,
         "model": "" if diagnosis is None else diagnosis.version,

@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 import subprocess
+import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -292,6 +295,35 @@ def backfill(promtool: str, directory: Path, scenarios: Iterable[Scenario], any_
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return data
+
+
+def start(binary: str, where: Path, data: Path) -> Server:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (where / "rules.yml").write_text(json.dumps(rule_file()))
+    (where / "prometheus.yml").write_text("global: {evaluation_interval: 1h}\nrule_files: [rules.yml]\n")
+    argv = [
+        binary,
+        f"--config.file={where / 'prometheus.yml'}",
+        f"--storage.tsdb.path={data}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--storage.tsdb.retention.time=30d",
+        "--query.max-concurrency=8",
+    ]
+    with (where / "log").open("wb") as out:
+        process = subprocess.Popen(argv, stdout=out, stderr=out)
+    server = Server(f"http://127.0.0.1:{port}", process)
+    deadline = time.monotonic() + 60
+    while True:
+        assert process.poll() is None, (where / "log").read_text()[-2000:]
+        assert time.monotonic() < deadline, "Prometheus did not become ready"
+        try:
+            with urllib.request.urlopen(f"{server.url}/-/ready", timeout=5) as answer:
+                if answer.status == 200:
+                    return server
+        except OSError:
+            time.sleep(0.1)
 
 
 # -- alerts that no pack knows

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from anyalert_world import Scenario, Server, backfill, entry, rule_file, rules, systems
+from anyalert_world import Scenario, Server, backfill, entry, rules, start, systems
 
 PER_ALERT = 2  # causes that `make test` simulates for each alert of its subset
 
@@ -63,34 +59,3 @@ def prometheus(
     finally:
         server.process.kill()
         server.process.wait()
-
-
-def start(binary: str, where: Path, data: Path) -> Server:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    (where / "rules.yml").write_text(json.dumps(rule_file()))
-    (where / "prometheus.yml").write_text("global: {evaluation_interval: 1h}\nrule_files: [rules.yml]\n")
-    argv = [
-        binary,
-        f"--config.file={where / 'prometheus.yml'}",
-        f"--storage.tsdb.path={data}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--storage.tsdb.retention.time=30d",
-        "--query.max-concurrency=8",
-    ]
-    with (where / "log").open("wb") as out:
-        process = subprocess.Popen(argv, stdout=out, stderr=out)
-    server = Server(f"http://127.0.0.1:{port}", process)
-    deadline = time.monotonic() + 60
-    while True:
-        assert process.poll() is None, (where / "log").read_text()[-2000:]
-        assert time.monotonic() < deadline, "Prometheus did not become ready"
-        try:
-            with urllib.request.urlopen(f"{server.url}/-/ready", timeout=5) as answer:
-                if answer.status == 200:
-                    return server
-        except OSError:
-            time.sleep(0.1)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "actions"))  # actions_world
+# actions_world, anyalert_world, agent_world
+sys.path.insert(0, str(Path(__file__).parents[1] / "actions"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "anyalert"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "worlds"))
 
 from chart import CHART, helm, objects, template
 from cluster import Cluster, apiserver_program
