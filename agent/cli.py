@@ -327,7 +327,14 @@ def _breaking(commands: Commands, common: argparse.ArgumentParser) -> None:
     run.add_argument("--share", type=_count, default=1, help="so many scenarios share a world (default: 1)")
     run.add_argument("--worlds", type=_count, default=1, help="so many worlds at once (default: 1)")
     run.add_argument("--record", type=Path, default=None, metavar="DIR", help="keep incidents as recordings in it")
-    run.add_argument("--kill-agent", action="store_true", help="kill -9 the agent at a random moment of each run")
+    run.add_argument(
+        "--kill-agent",
+        action="store_true",
+        help="kill -9 the agent at a random moment of each run (healable scenarios)",
+    )
+    report.add_argument(
+        "--out", type=Path, default=None, metavar="DIR", help="keep page, summary and packed runs there"
+    )
     run.add_argument("--keep", action="store_true", help="keep the worlds' directories")
     for made in (listed, run):
         made.add_argument("--file", action="append", default=[], type=Path, help="scenarios of your own (repeatable)")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import os
 import random
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -56,7 +58,8 @@ class Block:
 
 @dataclass
 class Results:
-    """The file of runs. A line that was cut short by a crash is dropped when it is the last, refused elsewhere."""
+    """The file of runs. A line that was cut short by a crash is dropped when it is the last, refused elsewhere. Packed
+    (`.gz`) it can be read."""
 
     path: Path
     runs: list[Run] = field(default_factory=list)
@@ -65,7 +68,7 @@ class Results:
     def open(cls, path: Path) -> Results:
         """Raises ResultsError, OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        body = path.read_bytes() if path.exists() else b""
+        body = _body(path)
         whole, _, torn = body.rpartition(b"\n")
         runs = []
         for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
@@ -78,7 +81,7 @@ class Results:
             if run.version != VERSION:
                 raise ResultsError(f"chaos: {path}:{number}: version {run.version}, this is version {VERSION}")
             runs.append(run)
-        if torn:
+        if torn and path.suffix != ".gz":
             os.truncate(path, len(body) - len(torn))
         return cls(path, runs)
 
@@ -86,6 +89,8 @@ class Results:
     @contextlib.contextmanager
     def writing(cls, path: Path) -> Iterator[Results]:
         """Like `open`, for the one process at a time that adds to the file. Raises ResultsError if there is another."""
+        if path.suffix == ".gz":
+            raise ResultsError(f"chaos: {path} is packed; hint: gunzip it to go on")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             try:
@@ -108,6 +113,15 @@ class Results:
             == (job.scenario.name, job.arm, job.repetition, job.kill_agent)
             for r in self.runs
         )
+
+
+def _body(path: Path) -> bytes:
+    """Raises ResultsError for what is no packed file."""
+    body = path.read_bytes() if path.exists() else b""
+    try:
+        return gzip.decompress(body) if path.suffix == ".gz" else body
+    except (OSError, EOFError, zlib.error) as error:
+        raise ResultsError(f"chaos: {path}: {error}") from error
 
 
 def plan(

@@ -257,7 +257,7 @@ def chaos(arguments: argparse.Namespace) -> int:
         return chaos.listing(tuple(arguments.file), arguments.workload, as_json=arguments.json)
     results = arguments.results or chaos.RESULTS
     if arguments.what == "report":
-        return chaos.report(results, as_json=arguments.json)
+        return chaos.report(results, as_json=arguments.json, out=arguments.out)
     wanted = chaos.Wanted(
         arms=tuple(name.strip() for name in arguments.arms.split(",") if name.strip()),
         results=results,
@@ -273,7 +273,7 @@ def chaos(arguments: argparse.Namespace) -> int:
     scenarios = chaos.load(
         tuple(arguments.file), tuple(arguments.names), quick=arguments.quick, workload=arguments.workload
     )
-    return chaos.run(scenarios, wanted, as_json=arguments.json)
+    return chaos.run(scenarios, wanted, named=bool(arguments.names), as_json=arguments.json)
 
 
 def sandbox(arguments: argparse.Namespace) -> int:

@@ -68,12 +68,15 @@ class Wanted(NamedTuple):
     workload: Path | None
 
 
-def run(scenarios: dict[str, Scenario], wanted: Wanted, *, as_json: bool) -> int:
-    """Makes the runs that are not in the results yet; exit code 1 when the agent did anything wrong or needless."""
+def run(scenarios: dict[str, Scenario], wanted: Wanted, *, named: bool, as_json: bool) -> int:
+    """Makes the runs that are not in the results yet; exit code 1 when the agent did anything wrong or needless.
+    `named`: the scenarios were asked for by name."""
     from agent.chaos.run import Progress, Results, ResultsError, made_by, plan
     from agent.demo.children import WorldError, adopt_orphans
 
     _check(wanted)
+    if wanted.kill_agent and not named:  # what nobody heals, a killed agent does not heal either
+        scenarios = {name: s for name, s in scenarios.items() if s.healed_by == "action"}
     version = made_by()
     blocks = plan(
         scenarios,
@@ -234,8 +237,9 @@ def _line(progress: Progress, what: str, made: Run | None) -> str:
     return "; ".join(parts)
 
 
-def report(results: Path, *, as_json: bool, page: Path | None = None, metrics: Path | None = None) -> int:
-    """Prints the summary, writes the page and the metrics beside the results; 1 when something was done wrongly."""
+def report(results: Path, *, as_json: bool, out: Path | None = None) -> int:
+    """Prints the summary; writes the page and the metrics beside the results, or into the directory `out` all there is
+    to keep of them. 1 when something was done wrongly."""
     from agent.chaos import page as shown
     from agent.chaos import report as told
     from agent.chaos.run import Results, ResultsError
@@ -246,11 +250,14 @@ def report(results: Path, *, as_json: bool, page: Path | None = None, metrics: P
         raise CommandError(str(error)) from error
     if not runs:
         raise CommandError(f"chaos: {results} has no runs", "alertmedic chaos run")
-    page = page or results.with_name("report.html")
-    metrics = metrics or results.with_name("metrics.prom")
+    place = out or results.parent
+    place.mkdir(parents=True, exist_ok=True)
+    page, metrics = place / "report.html", place / "metrics.prom"
     page.write_text(shown.page(runs))
     metrics.write_bytes(told.metrics(runs))
     summary = told.summary(runs)
+    if out is not None:
+        _keep(runs, summary, out)
     kept = [r for r in told.counting(runs) if r.arm in told.OURS]
     harm = sum(len(told.harmful(r)) + len(r.repeated) for r in kept)
     if as_json:
@@ -261,6 +268,17 @@ def report(results: Path, *, as_json: bool, page: Path | None = None, metrics: P
         if harm:
             say(f"{harm} actions that were wrong, needless or done twice")
     return Exit.FAULT if harm else Exit.OK
+
+
+def _keep(runs: list[Run], summary: dict[str, object], out: Path) -> None:
+    """The summary, and every run: packed, and the same bytes for the same runs."""
+    import gzip
+
+    import msgspec
+
+    (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
+    lines = b"".join(msgspec.json.encode(run) + b"\n" for run in runs)
+    (out / "runs.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
 
 
 def _say(summary: dict[str, object]) -> None:

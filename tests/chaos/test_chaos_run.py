@@ -23,6 +23,7 @@ from agent.chaos.measure import Run
 from agent.chaos.run import Block, Progress, Results, ResultsError, made_by, place_for_worlds, plan, run_all
 from agent.chaos.scenario import load_scenarios
 from agent.chaos.world import HARNESS_FAULTS
+from agent.commands.chaos import report
 from agent.demo.children import WorldError
 
 SCENARIOS = load_scenarios(None, known() | HARNESS_FAULTS)
@@ -191,6 +192,23 @@ def test_one_file_of_results_has_one_writer(tmp_path: Path) -> None:
         pass
     with Results.writing(path):
         pass
+
+
+def test_a_report_keeps_all_there_is_to_keep_and_is_made_again_from_it(tmp_path: Path) -> None:
+    results = Results.open(tmp_path / "runs.jsonl")
+    for made in (run("db_lock", story=("a", "b")), run("db_lock", "liveness", recovered=None)):
+        results.add(made)
+    assert report(results.path, as_json=True, out=tmp_path / "one") == 0
+    packed = tmp_path / "one" / "runs.jsonl.gz"
+    assert Results.open(packed).runs == results.runs
+    assert report(packed, as_json=True, out=tmp_path / "two") == 0
+    for name in ("report.html", "summary.json", "runs.jsonl.gz"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    with pytest.raises(ResultsError, match="gunzip"), Results.writing(packed):
+        pass
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ResultsError, match=r"runs\.jsonl\.gz"):
+        Results.open(packed)
 
 
 def test_what_a_killed_harness_left_of_its_worlds_is_removed(tmp_path: Path) -> None:
