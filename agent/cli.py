@@ -150,6 +150,17 @@ def _deciding(commands: Commands, common: argparse.ArgumentParser) -> None:
     made.add_argument("--cause", required=True, metavar="CAUSE@SERVICE", help="the true cause and where it was")
     made.add_argument("--helped", choices=["yes", "no"], default="", help="whether what was done helped")
     made.add_argument("--note", default="", help="kept in the story")
+    changes = _group(commands, "change", "say what was changed: a cause that metrics may not tell of")
+    made = _add(changes, common, "add", calls.change_add, "tell of a change")
+    made.add_argument("--service", required=True, metavar="SERVICE", help="what was changed")
+    made.add_argument(
+        "--kind", choices=["deploy", "release", "commit", "flag"], default="deploy", help="default: deploy"
+    )
+    made.add_argument("--id", default="", help="a version, a commit, a flag: told again, it counts once")
+    made.add_argument("--text", default="", help="what a person should read of it")
+    made.add_argument("--time", type=_time, default=None, help="when it was made (RFC 3339, unix; default: now)")
+    made.add_argument("--tenant", default="default", help="whose incidents it concerns")
+    _add(changes, common, "list", calls.change_list, "list what was told, newest first")
     models = _group(commands, "model", "the model that ranks causes: shipped, or with feedback taken into account")
     _add(models, common, "list", calls.model, "list the models").set_defaults(what="list")
     made = _add(models, common, "use", calls.model, "choose the model that serves")

@@ -15,6 +15,7 @@ from itertools import islice
 import msgspec
 
 from actions.model import BreakerMoved, Plan
+from agent.fold_changes import ChangeTold
 from agent.fold_gateway import GatewayState
 from agent.fold_model import (
     MAX_ALERTS_CLOSED,
@@ -76,6 +77,7 @@ class _Body(msgspec.Struct, kw_only=True):
     observations: list[Observation] = []
     models: Models = Models()
     gateway: GatewayState = msgspec.field(default_factory=GatewayState)
+    changes: list[ChangeTold] = []
 
 
 class State:
@@ -100,6 +102,7 @@ class State:
         self.observations: list[Observation] = []  # what people said, oldest first; one an incident
         self.models = Models()
         self.gateway = GatewayState()
+        self.changes: list[ChangeTold] = []  # what was said to have been changed, in order of telling
         self._frozen: set[str] = set()  # ids whose Incident a snapshot in progress still reads
 
     # -- questions
@@ -314,7 +317,7 @@ class State:
         state.quarantined, state.quarantined_count = raw.quarantined, raw.quarantined_count
         state.paused, state.started = raw.paused, raw.started
         state.observations, state.models = raw.observations, raw.models
-        state.gateway = raw.gateway
+        state.gateway, state.changes = raw.gateway, raw.changes
         return state
 
 
@@ -340,6 +343,7 @@ class FrozenState:
         self._observations = list(state.observations)
         self._models = state.models
         self._gateway = state.gateway.copy()
+        self._changes = list(state.changes)
 
     def encode(self) -> bytes:
         """The snapshot's body (JSON). Incident by incident, so that no single call holds the interpreter for long."""
@@ -365,6 +369,7 @@ class FrozenState:
                 observations=self._observations,
                 models=self._models,
                 gateway=self._gateway,
+                changes=self._changes,
             )
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actions.model import BreakerState, Plan, StepState
+from agent.fold_changes import ChangeTold
 from agent.fold_gateway import ChannelMoved
 from agent.journal.records import (
     AgentStarted,
@@ -139,6 +140,11 @@ def model_chosen(record: ModelChosen) -> str:
     what = f"model {record.number}" if record.number else "the shipped model"
     held = " until another is chosen" if record.pinned else ""
     return f"{plain(record.who, 80)}: {what} serves{held}{_because(record.reason)}"
+
+
+def change_told(record: ChangeTold) -> str:
+    what = f"{record.kind} {plain(record.id, 80)} of {plain(record.service, 80)}"
+    return f"{plain(record.who, 80)} told of a change: {what}{_because(record.text)}"
 
 
 def plan_made(record: PlanMade) -> str:

@@ -14,9 +14,10 @@ import msgspec
 
 from actions.model import STEP_FINAL, IllegalMove, Refusal, StepState
 from actions.model import check_move as check_step_move
-from agent import fold_learning
+from agent import fold_changes, fold_learning
 from agent import fold_story as story
 from agent.alerts import decode_usual, usual_alert
+from agent.fold_changes import ChangeTold
 from agent.fold_gateway import ChannelMoved, GatewayCompared, GatewayJudged
 from agent.fold_merge import Merge
 from agent.fold_model import (
@@ -162,6 +163,10 @@ def _apply(state: State, seq: int, record: Record) -> Changes:
             return NOTHING
         case ModelChosen():
             fold_learning.chosen(state, record)
+            return NOTHING
+        case ChangeTold():
+            state.tell(record.at, story.change_told(record), "change_told")
+            fold_changes.keep(state.changes, record, state.now)
             return NOTHING
         case PauseSet():
             state.paused = record

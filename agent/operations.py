@@ -16,12 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
+
 from actions import guard
 from actions.breaker import Breaker
 from actions.model import Declined, Plan, Refusal
 from actions.policy import GuardPolicy
+from agent.fold_changes import PER_HOUR, ChangeTold
 from agent.fold_model import Approval, Incident, IncidentState, person_of
-from agent.http.api import ApprovalAnswer, Outcome, Said
+from agent.http.api import ApprovalAnswer, Changed, Outcome, Said, TooMany
 from agent.journal.records import (
     ApprovalGiven,
     FeedbackGiven,
@@ -130,6 +133,17 @@ class Operations:
             return "no service is running: the model is made, and held against the golden incidents, when one is"
         await learning.packs(now)
         return learning.told()
+
+    async def change(self, change: Changed, who: str, origin: str) -> bool:
+        now = self._clock()
+        told = ChangeTold(at=now, who=who, origin=origin, **msgspec.structs.asdict(change))
+        mine = [c for c in self._store.state.changes if c.tenant == change.tenant]
+        if any(c.key == told.key for c in mine):
+            return False
+        if sum(c.at > now - 3600.0 for c in mine) >= PER_HOUR:
+            raise TooMany(f"more than {PER_HOUR} changes of tenant {change.tenant} within an hour")
+        await self._store.record(told)
+        return True
 
     async def use_model(self, version: int | None, who: str, origin: str, note: str) -> int:
         models = self._store.state.models

@@ -13,9 +13,12 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from agent.changes import NAME as CHANGES
+from agent.changes import Deploys
 from agent.config import Config
 from agent.dependency import Answer, Dependency
 from agent.expressions import Expressions, Told
+from agent.fold_changes import facts
 from agent.fold_model import Incident
 from agent.fold_state import State
 from agent.history import Archive
@@ -97,7 +100,10 @@ class Situations:
         start = min(onset, now) - prometheus.window_seconds
         topology = await self._topology(now)
         look = Situation(about.alerts, about.entry, onset, now, topology=topology)
+        told = facts(state.changes, incident.tenant, onset, now)
         look = await self._look(about, look, start)
+        if told:
+            look = replace(look, evidence=(*look.evidence, Evidence(CHANGES, "journal", facts=told)))
         # Earlier trouble began before its alert fired, and left the rate windows after it had ended, as this one does.
         before, after = prometheus.onset_margin_seconds, prometheus.rate_window_seconds
         looked_at = [(start, onset), *((start - h.offset, now - h.offset) for h in look.history)]
@@ -164,14 +170,15 @@ class Situations:
         began = time.monotonic()
         request = self._request(about, look.topology, (start, look.until))
         archive = Archive.of(self.sources, self.config.prometheus.history_seconds)
-        if archive is None:
-            return replace(look, evidence=await self._gather(about, request))
+        deploys = Deploys.of(self.sources, self.packs)
         seconds = self._seconds(about)
         async with asyncio.TaskGroup() as group:
-            reach = group.create_task(archive.reaches(look.onset, about.tenant, seconds))
+            reach = group.create_task(archive.reaches(look.onset, about.tenant, seconds)) if archive else None
+            changing = group.create_task(deploys.ask(request, look.onset, seconds)) if deploys else None
             gathering = group.create_task(self._gather(about, request))
-        look = replace(look, evidence=gathering.result())
-        if not reach.result():
+        evidence = (*gathering.result(), *([changing.result()] if changing else []))
+        look = replace(look, evidence=evidence)
+        if archive is None or reach is None or not reach.result():
             return look
         names = await asyncio.to_thread(moved, look, self.packs)
         limits = self.config.investigate

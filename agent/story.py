@@ -234,6 +234,8 @@ def _hypotheses(incident: Incident) -> Iterator[Row]:
         yield Row(printable(diagnosis.sentence))
     if diagnosis.owner:
         yield Row(printable(f"the object to change: {diagnosis.owner}"))
+    for change in diagnosis.changes:
+        yield Row(printable(f"changed: {change}"), depth=1)
     for rank, hypothesis in enumerate(diagnosis.hypotheses, 1):
         yield from _hypothesis(rank, hypothesis)
     for precedent in incident.precedents:

@@ -19,7 +19,7 @@ from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Mod
 from rules.causality import Clock, Lead, direction
 from rules.derived import derived_findings
 from rules.engine import Matcher, graph_of, records_of
-from rules.evidence import NOTHING, Observation, Observer, clean, describe, describe_fact
+from rules.evidence import NOTHING, Observation, Observer, clean, describe, describe_change, describe_fact
 from rules.explaining import Explained, explained
 from rules.features import WEAK, findings_of
 from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
@@ -31,6 +31,8 @@ CLEAR_POSTERIOR = 0.5  # more likely than everything else together
 CLEAR_MARGIN = 0.15
 NAMED_AT_ALL = 0.5  # posterior of all candidates together: more likely than the background
 TOP = 3
+CHANGED_BEFORE, CHANGED_AFTER = 6 * 3600.0, -60.0  # seconds of the onset: changes worth telling of
+MAX_CHANGES_TOLD = 10
 _AUTONOMY = ("observe", "suggest", "approve", "auto")
 _FACT_WORDS = {
     "pid": "pid",
@@ -86,7 +88,20 @@ def conclude(observer: Observer, limit: int = TOP) -> Diagnosis:
         version=packs.version,
         clear=clear,
         owner=observer.owners.of(situation.entry),
+        changes=_changes_told(observer),
     )
+
+
+def _changes_told(observer: Observer) -> tuple[str, ...]:
+    """What was changed at any node that the diagnosis looked at, newest first: worth knowing whatever it weighs."""
+    looked_at = {*observer.graph.paths, observer.graph.entry}
+    found: list[tuple[float, str]] = []
+    for fact, attributes in observer.facts():
+        age = attributes.get("age_at_onset_seconds")
+        known = fact.kind.startswith("change.") and fact.service in looked_at
+        if known and isinstance(age, float) and CHANGED_AFTER <= age <= CHANGED_BEFORE:
+            found.append((age, describe_change(fact, attributes)))
+    return tuple(dict.fromkeys(text for _, text in sorted(found)))[:MAX_CHANGES_TOLD]
 
 
 def observe(situation: Situation, packs: PackSet) -> Observer:
@@ -323,7 +338,7 @@ def _contribution(line: Likelihood, seen: Observation, observer: Observer, value
     if seen.state is None:
         return Contribution(evidence=line.column, state="missing", log_odds=value, text=f"{title}: no data")
     told = [describe(f, observer.packs.signals[f.signal]) for f in seen.findings[:2]]
-    told += [describe_fact(f) for f in seen.facts[:2]]
+    told += [describe_fact(f, observer.attributes(f)) for f in seen.facts[:2]]
     return Contribution(
         evidence=line.column,
         state=seen.state,

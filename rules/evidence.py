@@ -234,9 +234,26 @@ def describe(finding: Finding, signal: Signal) -> str:
     return f"{what} {quantity(finding.baseline, signal.unit)} -> {quantity(finding.level, signal.unit)}"
 
 
-def describe_fact(fact: Fact) -> str:
-    """A process, a listener or any other fact, by its telling attributes."""
+def describe_change(fact: Fact, attributes: Record) -> str:
+    """`deploy 1.4.2 of orders 7 min before the onset (1.4.1 before)`; `attributes` with those of `Observer`."""
+    kind = fact.kind.removeprefix("change.")
+    what = kind if fact.subject in ("", kind) else f"{kind} {clean(fact.subject)}"
+    age = attributes.get("age_at_onset_seconds")
+    when = ""
+    if isinstance(age, float):
+        far = f"{abs(age) / 60.0:.0f} min" if abs(age) < 7200.0 else f"{abs(age) / 3600.0:.0f} h"
+        when = f" {far} {'before' if age >= 0 else 'after'} the onset"
+    more = [f"{clean(str(attributes['previous']))} before"] if attributes.get("previous") else []
+    more += [clean(str(attributes["text"]), 200)] if attributes.get("text") else []
+    of = f" of {clean(fact.service)}" if fact.service else ""
+    return f"{what}{of}{when}" + (f" ({', '.join(more)})" if more else "")
+
+
+def describe_fact(fact: Fact, attributes: Record | None = None) -> str:
+    """A process, a listener, a change or any other fact, by its telling attributes."""
     a = fact.attributes
+    if fact.kind.startswith("change.") and attributes is not None and "age_at_onset_seconds" in attributes:
+        return describe_change(fact, attributes)
     of = f" of {fact.service}" if fact.service else ""
     if fact.kind == "host.process":
         cpu = f", {_number(a.get('cpu_percent')):.0f} % of a CPU" if "cpu_percent" in a else ""

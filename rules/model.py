@@ -289,6 +289,7 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: str = ""  # of packs and model
     clear: bool = True
     owner: str = ""  # Kubernetes object above what the alert is about (`deployment/shop/cart`, see `rules.owners`)
+    changes: tuple[str, ...] = ()  # what was changed shortly before, in words, newest first
 
     @property
     def best(self) -> Hypothesis | None:

@@ -104,6 +104,27 @@ def feedback(arguments: argparse.Namespace) -> int:
     )
 
 
+def change_add(arguments: argparse.Namespace) -> int:
+    from agent.commands import changes
+
+    return changes.add(
+        _state_dir(arguments),
+        arguments.service,
+        arguments.kind,
+        id=arguments.id,
+        text=arguments.text,
+        at=arguments.time,
+        tenant=arguments.tenant,
+        as_json=arguments.json,
+    )
+
+
+def change_list(arguments: argparse.Namespace) -> int:
+    from agent.commands import changes
+
+    return changes.list_changes(_state_dir(arguments), as_json=arguments.json)
+
+
 def model(arguments: argparse.Namespace) -> int:
     from agent.commands import learned
 

@@ -129,6 +129,8 @@ def _tell(path: Path, diagnosis: Diagnosis) -> None:
     say(f"  {diagnosis.sentence}")
     if diagnosis.owner:
         say(f"  the object to change: {diagnosis.owner}")
+    for change in diagnosis.changes:
+        say(f"  changed: {change}")
     for rank, hypothesis in enumerate(diagnosis.hypotheses, 1):
         _tell_hypothesis(rank, hypothesis)
     say("")

@@ -7,7 +7,9 @@ caller may not see does not exist for him: an incident of another tenant is 404.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
@@ -15,10 +17,19 @@ import orjson
 from aiohttp import web
 
 from actions.model import IllegalMove
+from agent.fold_changes import AHEAD_SECONDS, KEPT_SECONDS, ChangeKind
 from agent.fold_model import Incident, IncidentState
 from agent.http.auth import AccessError, Caller, Guard
 from agent.http.body import JSON, RequestError, read_body
-from agent.http.render import breaker_json, incident_json, models_json, quarantine_json
+from agent.http.render import (
+    breaker_json,
+    change_json,
+    incident_json,
+    models_json,
+    plain,
+    quarantine_json,
+    rfc3339,
+)
 from agent.store import Store
 
 Outcome = Literal[
@@ -71,6 +82,9 @@ class Operations(Protocol):
         """Keeps what a person says; answers what it did to the model, in words. Raises UnknownIncident, and ValueError
         for a cause that nobody knows."""
 
+    async def change(self, change: Changed, who: str, origin: str) -> bool:
+        """Keeps what was changed; False if that was told already. Raises TooMany."""
+
     async def use_model(self, version: int | None, who: str, origin: str, note: str) -> int:
         """Model `version` serves until another is chosen (0: the shipped one; None: whatever is learned); answers which
         one serves. Raises IllegalMove for one that is not known or was refused."""
@@ -88,6 +102,21 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
+class Changed(msgspec.Struct, frozen=True, kw_only=True):
+    """What was changed, when (unix seconds)."""
+
+    tenant: str
+    kind: ChangeKind
+    service: str
+    id: str
+    when: float
+    text: str = ""
+
+
+class TooMany(ValueError):  # noqa: N818
+    """A tenant told of more changes within the hour than are kept."""
+
+
 class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     who: str = ""  # the command line says who sits there; over TCP the credential does
     note: str = ""
@@ -101,6 +130,15 @@ class _Feedback(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cause: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     service: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
     helped: bool | None = None
+
+
+class _Change(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    service: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    kind: ChangeKind = "deploy"
+    id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    text: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+    time: float | Annotated[str, msgspec.Meta(max_length=64)] | None = None  # unix seconds, or RFC 3339
+    tenant: Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9._-]{1,64}\Z")] = "default"
 
 
 class _Use(_Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,7 +155,15 @@ _B = TypeVar("_B", bound=_Body)
 class Api:
     """The handlers, one per path and method. They raise RequestError, AccessError or JournalError."""
 
-    def __init__(self, store: Store, operations: Operations, guard: Guard, read_seconds: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        operations: Operations,
+        guard: Guard,
+        read_seconds: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
         self._store = store
         self._operations = operations
         self._guard = guard
@@ -131,6 +177,7 @@ class Api:
             "/api/v1/incidents/*/approve": {"POST": self.approve},
             "/api/v1/incidents/*/reject": {"POST": self.reject},
             "/api/v1/incidents/*/feedback": {"POST": self.feedback},
+            "/api/v1/changes": {"GET": self.changes, "POST": self.change},
             "/api/v1/models": {"GET": self.models},
             "/api/v1/models/use": {"POST": self.use_model},
             "/api/v1/models/revert": {"POST": self.revert_model},
@@ -240,6 +287,39 @@ class Api:
             raise RequestError(400, str(error), "$.cause", "alertmedic packs list") from error
         return _json({"incident": incident.id, "recorded": True, "model": told})
 
+    async def change(self, request: web.BaseRequest, _: str) -> web.StreamResponse:
+        """Whoever may send alerts may say what was changed: both are claims, and neither lets anything be done."""
+        caller = self._guard.admit(request, "webhook")
+        body = await self._body(request, _Change)
+        if not caller.sees(body.tenant):
+            raise AccessError(403, f"{caller.name} is not for tenant {body.tenant!r}", "use a credential of the tenant")
+        told = changed_of(
+            tenant=body.tenant,
+            kind=body.kind,
+            service=body.service,
+            id=body.id,
+            text=body.text,
+            told=body.time,
+            now=self._clock(),
+        )
+        try:
+            new = await self._operations.change(told, _who(caller, body), caller.origin)
+        except TooMany as error:
+            raise RequestError(429, str(error), "$") from error
+        return _json({"recorded": new, "change": {**plain(told), "when": rfc3339(told.when)}})
+
+    async def changes(self, request: web.BaseRequest, _: str) -> web.StreamResponse:
+        """`?tenant=&limit=`: the newest told first."""
+        caller = self._guard.admit(request, "read")
+        query = _query(request, ("tenant", "limit"))
+        limit, tenant = _limit(query.get("limit", "100")), query.get("tenant")
+        found = [
+            change_json(c)
+            for c in reversed(self._store.state.changes)
+            if caller.sees(c.tenant) and (tenant is None or c.tenant == tenant)
+        ]
+        return _json({"changes": found[:limit]})
+
     async def models(self, request: web.BaseRequest, _: str) -> web.StreamResponse:
         """The models made from feedback belong to all tenants."""
         _for_all(self._guard.admit(request, "read"))
@@ -293,6 +373,45 @@ def _who(caller: Caller, body: _Body) -> str:
     if not caller.origin.startswith("cli "):
         raise RequestError(400, "over TCP the credential says who decides", "$.who", "leave it out")
     return f"{body.who} ({caller.name})"
+
+
+def changed_of(
+    *, tenant: str, kind: ChangeKind, service: str, id: str, text: str, told: float | str | None, now: float
+) -> Changed:
+    """A change as it is kept. `told`: when it was made (unix seconds, RFC 3339, None: now). Raises RequestError."""
+    if not service.strip():
+        raise RequestError(400, "which service was changed?", "$.service")
+    return Changed(
+        tenant=tenant,
+        kind=kind,
+        service=_line("service", service),
+        id=_line("id", id) or kind,
+        when=_when(told, now),
+        text=_line("text", text),
+    )
+
+
+def _line(name: str, text: str) -> str:
+    """A foreign text on one line. Raises RequestError for what cannot be printed."""
+    if not text.isprintable():
+        raise RequestError(400, "control characters do not belong there", f"$.{name}")
+    return text.strip()
+
+
+def _when(told: float | str | None, now: float) -> float:
+    """The time of a change, now where none is told. Raises RequestError for what is no time, or none that counts."""
+    when = now
+    if isinstance(told, str):
+        try:
+            parsed = datetime.fromisoformat(told)
+            when = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError) as error:
+            raise RequestError(400, f"{told[:64]!r} is no time", "$.time", "RFC 3339 or unix seconds") from error
+    elif told is not None:
+        when = told
+    if not now - KEPT_SECONDS <= when <= now + AHEAD_SECONDS:
+        raise RequestError(400, "it is in the future, or more than seven days ago", "$.time", "unix seconds are meant")
+    return when
 
 
 def _for_all(caller: Caller) -> None:

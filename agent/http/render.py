@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from actions.model import BreakerMoved
+from agent.fold_changes import ChangeTold
 from agent.fold_model import Incident, Models
 from agent.journal.records import AlertQuarantined
 
@@ -60,6 +61,7 @@ def incident_json(incident: Incident) -> dict[str, Any]:
         "missing": {} if diagnosis is None else diagnosis.missing,
         "clear": False if diagnosis is None else diagnosis.verdict == "ranked" and diagnosis.clear,
         "model": "" if diagnosis is None else diagnosis.version,
+        "changes": [] if diagnosis is None else list(diagnosis.changes),
         "precedents": [plain(p) for p in incident.precedents],
         "feedback": None if incident.feedback is None else plain(incident.feedback),
         "hypotheses": [] if diagnosis is None else [plain(h) for h in diagnosis.hypotheses],
@@ -95,6 +97,11 @@ def models_json(models: Models) -> dict[str, Any]:
         "earlier": list(models.earlier),
         "versions": [plain(version) for version in models.versions],
     }
+
+
+def change_json(record: ChangeTold) -> dict[str, Any]:
+    """`{at, tenant, kind, service, id, when, text, who, origin}`, times as RFC 3339."""
+    return {**plain(record), "when": rfc3339(record.when)}
 
 
 def quarantine_json(record: AlertQuarantined) -> dict[str, Any]:

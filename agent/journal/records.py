@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from actions.model import BreakerMoved, Plan, Refusal, StepMoved
+from agent.fold_changes import ChangeTold
 from agent.fold_gateway import ChannelMoved, GatewayCompared, GatewayJudged
 from rules.feedback import Tally
 from rules.model import Alert, Diagnosis
@@ -207,6 +208,7 @@ Record = (
     | FeedbackGiven
     | ModelMade
     | ModelChosen
+    | ChangeTold
     | GatewayCompared
     | GatewayJudged
     | ChannelMoved
@@ -231,6 +233,7 @@ KINDS: dict[str, type] = {
         FeedbackGiven,
         ModelMade,
         ModelChosen,
+        ChangeTold,
         GatewayCompared,
         GatewayJudged,
         ChannelMoved,
