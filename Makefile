@@ -74,12 +74,12 @@ bench: .venv/installed-dev ## ratios against named references, in one run
 	@.venv/bin/python -m bench
 
 chaos: .venv/installed ## the quick scenarios, AlertMedic alone; fails when it does anything wrong (under 8 minutes)
-	@tools/install-debian demo
+	@tools/install-debian chaos
 	@rm -f build/chaos/quick.jsonl
 	@.venv/bin/alertmedic chaos run --quick --share 99 --results build/chaos/quick.jsonl $(if $(SEED),--seed $(SEED))
 
 chaos-full: .venv/installed ## every scenario, every arm, three times, and with the agent killed (hours; goes on where it stopped)
-	@tools/install-debian demo
+	@tools/install-debian chaos
 	@.venv/bin/alertmedic chaos run --arms nothing,liveness,command,auto,approve --repetitions 3 $(CHAOS_FULL) || [ $$? -eq 1 ]
 	@.venv/bin/alertmedic chaos run --kill-agent $(CHAOS_FULL)
 

@@ -21,6 +21,9 @@ from typing import Any
 import asyncpg
 import psutil
 
+from agent.chaos import releases
+from agent.chaos.inner_faults import ClockSkew, Deadlock, Deploy, LogsFillDisk, LogStorm, PoolLeak, ThreadLeak
+from agent.chaos.outer_faults import Certificate, Loss, Names
 from agent.demo import faults as demo
 from agent.demo.children import set_session_priority
 from agent.demo.faults import Crash, InjectionError, Make, Shop, Stuck, Supervisor, put
@@ -284,6 +287,18 @@ FAULTS: dict[str, Make] = {
     "cpu_burst": Busy,
     "worker_pause": Pause,
     "surge": Surge,
+    "pool_leak": PoolLeak,
+    "deadlock": Deadlock,
+    "thread_leak": ThreadLeak,
+    "log_storm": LogStorm,
+    "bad_deploy": Deploy,
+    "good_deploy": partial(Deploy, version=releases.HARMLESS),
+    "clock_skew": ClockSkew,
+    "names_failing": Names,
+    "certificate_expired": Certificate,
+    "certificate_renewed": partial(Certificate, name="renewed"),
+    "payments_loss": Loss,
+    "disk_full": LogsFillDisk,
 }
 
 

@@ -3,11 +3,12 @@
 Run by `agent.chaos.world` as `python -m agent.chaos.proxy --listen PORT --to PORT --control PORT`, in place of kernel
 network emulation, which many kernels lack. Its control address is known to the injector only:
 
-    PUT /link {"delay_seconds": 0.2, "stalled": false, "refusing": false}     (what is left out is as usual)
+    PUT /link {"delay_seconds": 0.2, "stalled": false, "refusing": false, "loss": 0.3}   (left out: as usual)
     GET /link
 
 `delay_seconds` is added to everything in both directions; `stalled` holds all bytes back without closing anything, as a
-lost route does; `refusing` closes what is open and whatever comes. It never looks at what passes.
+lost route does; `refusing` closes what is open and whatever comes; `loss` resets that share of the connections, each
+at the first bytes that it sends. It never looks at what passes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import argparse
 import asyncio
 import contextlib
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import asdict, dataclass
 
 from aiohttp import web
 
@@ -33,6 +35,7 @@ class Disturbance:
     delay_seconds: float = 0.0
     stalled: bool = False
     refusing: bool = False
+    loss: float = 0.0
 
 
 class Link:
@@ -59,6 +62,10 @@ class Link:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until either end closes."""
         if self.state.refusing:
+            writer.transport.abort()
+            return
+        if self.state.loss and random.random() < self.state.loss:  # noqa: S311 - a fault, no secret
+            await reader.read(1)
             writer.transport.abort()
             return
         try:
@@ -94,20 +101,20 @@ class Link:
 
     async def put(self, request: web.Request) -> web.Response:
         wanted = await request.json()
-        delay, stalled, refusing = (wanted.get(k) for k in ("delay_seconds", "stalled", "refusing"))
+        delay, stalled, refusing, loss = (wanted.get(k) for k in ("delay_seconds", "stalled", "refusing", "loss"))
         try:
-            state = Disturbance(float(delay or 0.0), bool(stalled), bool(refusing))
+            state = Disturbance(float(delay or 0.0), bool(stalled), bool(refusing), float(loss or 0.0))
         except (TypeError, ValueError) as e:
-            raise web.HTTPBadRequest(text=f"delay_seconds: {e}") from e
+            raise web.HTTPBadRequest(text=f"delay_seconds, loss: {e}") from e
         if not math.isfinite(state.delay_seconds) or not 0 <= state.delay_seconds <= MAX_DELAY_SECONDS:
             raise web.HTTPBadRequest(text=f"delay_seconds: 0 to {MAX_DELAY_SECONDS}")
+        if not 0 <= state.loss <= 1:
+            raise web.HTTPBadRequest(text="loss: 0 to 1")
         self.disturb(state)
         return await self.get(request)
 
     async def get(self, _: web.Request) -> web.Response:
-        state = self.state
-        shown = {"delay_seconds": state.delay_seconds, "stalled": state.stalled, "refusing": state.refusing}
-        return web.json_response(shown)
+        return web.json_response(asdict(self.state))
 
 
 async def run(listen: int, to: int, control: int) -> None:

@@ -20,6 +20,9 @@ import aiohttp
 import psutil
 import yaml
 
+from agent.chaos import certificates, disk, releases
+from agent.chaos.certificates import Certificates
+from agent.chaos.disk import fill
 from agent.demo import settings
 from agent.demo.children import Child, Command, WorldError, bare_environment, free_ports
 from agent.demo.probe import Probe
@@ -28,9 +31,11 @@ from agent.demo.world import World
 BROWSE_SLOW_SECONDS = 0.4
 LATE_SECONDS = 4
 LINKS = ("database", "payments")
-HARNESS_FAULTS = frozenset(
-    {"agent_kill", "prometheus_frozen", "alertmanager_frozen"}
-)  # the injector must not know them
+PAYMENTS_NAME = "payments.shop.test"
+FAKETIME = "*/faketime/libfaketime.so.1"  # below /usr/lib; Debian: faketime
+# The injector must not know them.
+HARNESS_FAULTS = frozenset({"agent_kill", "prometheus_frozen", "alertmanager_frozen", "journal_full", "sandbox_gone"})
+SMALL_DISKS = {"spool": 48, "journal": 64}  # MB: the shop's receipts and logs; the agent's journal
 
 
 def symptom_rules() -> list[dict[str, Any]]:
@@ -73,24 +78,49 @@ class ChaosWorld(World):
 
     def __init__(self, directory: Path, session: aiohttp.ClientSession, seed: int) -> None:
         super().__init__(directory, session, seed)
-        free = iter(free_ports(2 * len(LINKS)))
+        free = iter(free_ports(2 * len(LINKS) + 3))
         self.links = {name: (next(free), next(free)) for name in LINKS}  # name: (port of the link, of its control)
         # Who only looks: what breaks the checkout alone must not break this, and no remedy may either.
         self.browse = Probe(self.ports.url("front") + "/", "GET", None)
         self.autonomy = "auto"
         self.keeps_looks = False  # whether the agent writes a recording of every look
+        self.names_port, self.names_control, self.payments_tls = next(free), next(free), next(free)
+        self.certificates: Certificates | None = None
+        self.clock = self.place("clock") / "offset"
+        self.enforceable = True
+        self.disks: dict[str, Path] = {}  # small ones, by what they are for; none where nothing can be mounted
+        self.faketime = next((str(found) for found in sorted(Path("/usr/lib").glob(FAKETIME))), "")
 
     @property
     def state_dir(self) -> Path:
         """The agent's state: its journal is in it."""
-        return self.place("agent") / "state"
+        return self.place("journal") / "state"
 
     @property
     def looks(self) -> Path:
         return self.place("agent") / "looks"
 
+    async def _build(self) -> None:
+        self.certificates = await certificates.make(self.place("certificates"), PAYMENTS_NAME)
+        releases.write(self.place("releases"))
+        self.clock.write_text("+0\n")
+        if not disk.obstacle():
+            for name, megabytes in SMALL_DISKS.items():
+                at = self.place(name)
+                await disk.mount(self.directory / f"{name}.img", at, megabytes)
+                self.disks[name] = at
+        (self.place("spool") / "log").mkdir()
+        ports = ("--listen", str(self.names_port), "--control", str(self.names_control))
+        argv = (sys.executable, "-m", "agent.chaos.names", *ports, f"{PAYMENTS_NAME}=127.0.0.1")
+        await self._start("names", Command(argv, bare_environment()))
+        await super()._build()
+
+    def payments_options(self) -> tuple[str, ...]:
+        assert self.certificates is not None
+        return ("--tls-port", str(self.payments_tls), "--certificate", str(self.certificates.valid))
+
     async def _start_supervisor(self) -> None:
-        behind = {"database": self.ports.postgres, "payments": self.ports.payments}
+        behind = {"database": self.ports.postgres, "payments": self.payments_tls}
         for name, (listen, control) in self.links.items():
             ports = ("--listen", str(listen), "--to", str(behind[name]), "--control", str(control))
             argv = (sys.executable, "-m", "agent.chaos.proxy", *ports)
@@ -99,12 +129,41 @@ class ChaosWorld(World):
 
     def supervisor_configuration(self, place: Path) -> str:
         database = self.ports.database("shop").replace(f":{self.ports.postgres}/", f":{self.links['database'][0]}/")
-        payments = f"http://127.0.0.1:{self.links['payments'][0]}"
-        return settings.supervisor(self.ports, place, self.orders_cpu, database, payments)
+        payments = f"https://{PAYMENTS_NAME}:{self.links['payments'][0]}"
+        assert self.certificates is not None
+        more = {
+            "release": str(self.place("releases") / releases.CURRENT),
+            "ca": str(self.certificates.authority),
+            "resolver": f"127.0.0.1:{self.names_port}",
+            "spool": str(self.place("spool")),
+        }
+        return settings.supervisor(
+            self.ports, place, self.orders_cpu, database, payments, more, self._orders_environment()
+        )
+
+    def _orders_environment(self) -> dict[str, str]:
+        """A clock that can be wrong, where the library for it is installed: this process' only, and not its timers."""
+        if not self.faketime:
+            return {}
+        return {
+            "LD_PRELOAD": self.faketime,
+            "FAKETIME_TIMESTAMP_FILE": str(self.clock),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "MALLOC_ARENA_MAX": "1",
+        }
 
     def told_to_the_injector(self) -> dict[str, Any]:
         links = {name: f"http://127.0.0.1:{control}" for name, (_, control) in self.links.items()}
-        return super().told_to_the_injector() | {"links": links}
+        assert self.certificates is not None
+        return super().told_to_the_injector() | {
+            "links": links,
+            "names": f"http://127.0.0.1:{self.names_control}",
+            "certificates": {n: str(getattr(self.certificates, n)) for n in ("valid", "renewed", "expired")},
+            "releases": str(self.place("releases")),
+            "clock": str(self.clock) if self.faketime else "",
+            "spool": str(self.disks.get("spool", "")),
+        }
 
     def alert_rules(self) -> str:
         document = yaml.safe_load(super().alert_rules())
@@ -116,6 +175,10 @@ class ChaosWorld(World):
         document["autonomy"] = {"default": self.autonomy}
         if self.keeps_looks:
             document["investigate"]["recordings"] = str(self.looks)
+        document["inventory"]["node-1"]["log_root"] = str(self.place("spool") / "log")
+        if not self.enforceable:
+            document["sandbox"] = {"protection": "required", "parent": "/sys/fs/cgroup/not-delegated"}
+        document["state_dir"] = str(self.state_dir)
         return yaml.safe_dump(document, sort_keys=False)
 
     async def alerts(self) -> dict[str, float]:
@@ -151,6 +214,10 @@ class ChaosWorld(World):
         """When it broke, in unix seconds. Raises WorldError."""
         if fault == "agent_kill":
             await self.kill_agent()
+        elif fault == "sandbox_gone":
+            await self._restart_agent(enforceable=False)
+        elif fault == "journal_full":
+            await asyncio.to_thread(self._fill_journal)
         elif fault in HARNESS_FAULTS:
             self._signal(self.children[fault.removesuffix("_frozen")], signal.SIGSTOP)
         else:
@@ -163,8 +230,32 @@ class ChaosWorld(World):
         if fault not in HARNESS_FAULTS:
             assert self.injector is not None
             await self.injector.clear(fault)
+        elif fault == "sandbox_gone":
+            await self._restart_agent(enforceable=True)
+        elif fault == "journal_full":
+            self._journal_filler().unlink(missing_ok=True)
         elif fault != "agent_kill":
             self._signal(self.children[fault.removesuffix("_frozen")], signal.SIGCONT)
+
+    async def _restart_agent(self, *, enforceable: bool) -> None:
+        """The agent is started again by somebody who insists on enforced limits, and who has not delegated the cgroup
+        that they need; and later as before."""
+        self.enforceable = enforceable
+        await self.kill_agent()
+
+    def _journal_filler(self) -> Path:
+        return self.place("journal") / "something-else"
+
+    def _fill_journal(self) -> None:
+        """Something else takes the last byte of the disk on which the agent keeps its journal."""
+        if "journal" not in self.disks:
+            raise WorldError(f"journal_full: there is no small disk: {disk.obstacle()}")
+        fill(self._journal_filler())
+
+    async def _end(self) -> None:
+        await super()._end()
+        for at in self.disks.values():
+            await disk.unmount(at)
 
     async def kill_agent(self) -> None:
         """kill -9, and then a supervisor's restart: the same command over the same state. Where no agent runs, nothing

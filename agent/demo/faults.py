@@ -51,6 +51,11 @@ class Shop:
     supervisor: str
     cpu: int
     links: Mapping[str, str] = field(default_factory=dict)  # control URLs of network links that may be disturbed
+    names: str = ""  # control URL of the name server
+    certificates: Mapping[str, str] = field(default_factory=dict)  # the payment provider's, by name
+    releases: str = ""  # directory of the releases of `orders`, with a link `current`
+    clock: str = ""  # file that says by how much the clock of `orders` is wrong; "": it cannot be
+    spool: str = ""  # where the shop keeps receipts and logs: a small disk; "": there is none
 
 
 class InjectionError(Exception):

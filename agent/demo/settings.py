@@ -7,6 +7,7 @@ the alert says nothing about causes, and what the agent is told and allowed. Pur
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,18 @@ def alertmanager(ports: Ports) -> str:
     )
 
 
-def supervisor(ports: Ports, directory: Path, orders_cpu: int, database: str = "", payments: str = "") -> str:
+def supervisor(
+    ports: Ports,
+    directory: Path,
+    orders_cpu: int,
+    database: str = "",
+    payments: str = "",
+    orders_more: Mapping[str, str] | None = None,
+    orders_environment: Mapping[str, str] | None = None,
+) -> str:
     """supervisord.conf: the shop's own three processes. Crashed ones are restarted, and given up after a few tries.
-    `database` and `payments` are where the shop finds them, if not at their own ports."""
+    `database` and `payments` are where the shop finds them, if not at their own ports; `orders_more` are further
+    options of `orders`."""
     python = sys.executable
     shop = f"{python} -m agent.demo.shop"
     database = database or ports.database("shop")
@@ -128,6 +138,7 @@ def supervisor(ports: Ports, directory: Path, orders_cpu: int, database: str = "
         "orders": (
             f"{shop}.orders --port {ports.orders} --database {database} --payments {payments}"
             f" --memory {ORDERS_MEMORY_BYTES} --cpu {orders_cpu}"
+            + "".join(f" --{name} {value}" for name, value in (orders_more or {}).items())
         ),
         "worker": f"{shop}.worker --port {ports.worker} --database {database}",
     }
@@ -161,6 +172,8 @@ def supervisor(ports: Ports, directory: Path, orders_cpu: int, database: str = "
             f"stdout_logfile={directory}/{name}.log",
             "redirect_stderr=true",
         ]
+        if name == "orders" and orders_environment:
+            lines.append("environment=" + ",".join(f'{key}="{value}"' for key, value in orders_environment.items()))
     return "\n".join(lines) + "\n"
 
 

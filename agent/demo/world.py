@@ -190,7 +190,7 @@ class World:
 
     async def _build(self) -> None:
         await self._start_postgres()
-        payments = ("-m", "agent.demo.shop.payments", "--port", str(self.ports.payments))
+        payments = ("-m", "agent.demo.shop.payments", "--port", str(self.ports.payments), *self.payments_options())
         await self._start("payments", Command((sys.executable, *payments), bare_environment()))
         await self._start_supervisor()
         await asyncio.gather(self._start_exporters(), self._start_monitoring())
@@ -344,6 +344,9 @@ class World:
         """The fields of `agent.demo.faults.Shop`: all that the injector knows of the world."""
         shop = {name: self.ports.url(name) for name in ("front", "orders", "worker", "payments", "supervisor")}
         return shop | {"database": self.ports.database("analyst"), "cpu": self.orders_cpu}
+
+    def payments_options(self) -> tuple[str, ...]:
+        return ()
 
     def supervisor_configuration(self, place: Path) -> str:
         return settings.supervisor(self.ports, place, self.orders_cpu)

@@ -80,3 +80,20 @@ async def test_a_delay_is_added_in_both_directions() -> None:
         assert await exchange(reader, writer, b"there and back") == b"there and back"
         assert clock() - begun >= 0.4  # what the delay guarantees; how much more is the machine's affair
         writer.close()
+
+
+async def test_loss_resets_a_share_of_the_connections_and_passes_the_others_whole() -> None:
+    async with echoing() as (link, port):
+
+        async def passed() -> bool:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                return await asyncio.wait_for(exchange(reader, writer, b"there and back"), 5) == b"there and back"
+            except (ConnectionError, asyncio.IncompleteReadError):
+                return False
+            finally:
+                writer.close()
+
+        for loss, seen in ((0.0, {True}), (1.0, {False}), (0.5, {True, False})):
+            link.disturb(Disturbance(loss=loss))
+            assert set(await asyncio.gather(*(passed() for _ in range(64)))) == seen

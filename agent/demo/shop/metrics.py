@@ -12,12 +12,15 @@ import asyncio
 import contextlib
 import resource
 import signal
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.abc import AbstractResolver
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, Histogram, generate_latest
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -65,6 +68,8 @@ DATABASE = Histogram(
     ["db_system_name", "server_address", "error_type"],
     buckets=BUCKETS,
 )
+CLOCK = Gauge("process_clock_seconds", "What this process takes for the time (unix seconds)")
+THREADS = Gauge("process_thread_count", "Threads of this process")
 MEMORY_LIMIT = Gauge("process_memory_limit_bytes", "Address space this process may use (RLIMIT_AS)")
 
 
@@ -79,15 +84,31 @@ class CallError(Exception):
 class Callee:
     """One service that is called over HTTP, measured from the caller's side."""
 
-    def __init__(self, name: str, url: str, timeout_seconds: float) -> None:
-        self.name, self._url = name, url
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        timeout_seconds: float,
+        tls: ssl.SSLContext | None = None,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        """`tls` says whom to trust. With either of the last two every call has a connection of its own."""
+        self.name, self._url, self._tls, self._resolver = name, url, tls, resolver
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._session: aiohttp.ClientSession | None = None
 
     async def call(self, method: str, path: str, body: object = None) -> Any:
         """The answer's JSON. Raises CallError on a time-out, a broken connection or a status of 400 and above."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            fresh = self._tls is not None or self._resolver is not None
+            connector = aiohttp.TCPConnector(
+                limit=0,
+                ssl=self._tls if self._tls is not None else True,
+                resolver=self._resolver,
+                use_dns_cache=self._resolver is None,
+                force_close=fresh,
+            )
+            self._session = aiohttp.ClientSession(connector=connector)
         started, status, error = time.monotonic(), "", ""
         try:
             async with self._session.request(method, self._url + path, json=body, timeout=self._timeout) as answer:
@@ -154,8 +175,13 @@ async def measured(request: web.Request, handler: Handler) -> web.StreamResponse
             SERVER.labels(request.method, name, str(status)).observe(time.monotonic() - started)
 
 
+def metrics_text() -> str:
+    """What this process tells Prometheus."""
+    return generate_latest().decode()
+
+
 async def _metrics(_: web.Request) -> web.Response:
-    return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return web.Response(body=metrics_text().encode(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _health(_: web.Request) -> web.Response:
@@ -171,6 +197,8 @@ def application() -> web.Application:
     """An aiohttp application with the middleware, `/metrics` and `/healthz`."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     MEMORY_LIMIT.set(float("inf") if soft == resource.RLIM_INFINITY else float(soft))
+    CLOCK.set_function(time.time)
+    THREADS.set_function(lambda: sum(1 for _ in Path("/proc/self/task").iterdir()))
     app = web.Application(middlewares=[measured])
     app.router.add_get("/metrics", _metrics)
     app.router.add_get("/healthz", _health)
@@ -178,12 +206,16 @@ def application() -> web.Application:
 
 
 @contextlib.asynccontextmanager
-async def listening(app: web.Application, port: int) -> AsyncIterator[None]:
-    """Serves `app` on the loopback's `port` while the context lasts."""
+async def listening(
+    app: web.Application, port: int, tls_port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[None]:
+    """Serves `app` on the loopback's `port` while the context lasts; with `tls`, on `tls_port` too."""
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", port, shutdown_timeout=0.5).start()
+        if tls is not None:
+            await web.TCPSite(runner, "127.0.0.1", tls_port, shutdown_timeout=0.5, ssl_context=tls).start()
         yield
     finally:
         await runner.cleanup()

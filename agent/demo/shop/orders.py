@@ -1,11 +1,12 @@
 """The orders API: prices, places and reports orders, over PostgreSQL and the payment provider.
 
-Run as `python -m agent.demo.shop.orders --port N --database DSN --payments URL [--memory BYTES] [--cpu N]`. It does
-real work on its CPU for every request (each price list and each receipt is signed) in two threads, within a budget of
-memory.
+Run as `python -m agent.demo.shop.orders --port N --database DSN --payments URL [--memory BYTES] [--cpu N]
+[--release DIR] [--ca FILE] [--resolver HOST:PORT] [--spool DIR]`. It does real work on its CPU for every request (each
+price list and each receipt is signed) in two threads, within a budget of memory.
 
 Two of its weaknesses are those of real services: a sales report, once begun, keeps a page of every answer without a
-bound; and the flag `live_recommendations` makes every checkout wait for hundreds of small queries.
+bound; and the flag `live_recommendations` makes every checkout wait for hundreds of small queries. More of them are in
+`agent.demo.shop.weaknesses`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import ssl
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -31,12 +35,15 @@ from agent.demo.shop.metrics import (
     listening,
     until_terminated,
 )
+from agent.demo.shop.resolver import Resolver
+from agent.demo.shop.weaknesses import PENDING, POOL, Weaknesses
 
 PAYMENTS_TIMEOUT_SECONDS = 2.5
 DATABASE_TIMEOUT_SECONDS = 2.0
 SIGNING_ROUNDS = 64_000  # some 14 ms of CPU a receipt
 PAGE_BYTES = 1024 * 1024  # of a sales report, one page an answer
 RENDER_BYTES = 4 * PAGE_BYTES  # working space that rendering an answer takes
+RECEIPT_BYTES = 4096  # with its signatures; a page of its own
 PROMISED_SECONDS = 2  # a customer does not wait longer for the confirmation
 RECOMMENDED = 500
 
@@ -52,8 +59,8 @@ FROM jobs WHERE state = 'queued'"""
 class Orders:
     """The API's handlers and what they hold: connections, signing threads, flags and unfinished reports."""
 
-    def __init__(self, pool: asyncpg.Pool, payments: Callee) -> None:
-        self._pool, self._payments = pool, payments
+    def __init__(self, pool: asyncpg.Pool, payments: Callee, weaknesses: Weaknesses, spool: Path | None = None) -> None:
+        self._pool, self._payments, self._weaknesses, self._spool = pool, payments, weaknesses, spool
         self._signers = ThreadPoolExecutor(2, thread_name_prefix="sign")
         self._flags = {"live_recommendations": False, "gift_wrapping": True}
         self._recommending = asyncio.Lock()
@@ -63,6 +70,7 @@ class Orders:
 
     async def _sign(self, text: str, rounds: int) -> str:
         def work() -> str:
+            self._weaknesses.enter_receipt()
             return hashlib.pbkdf2_hmac("sha256", text.encode(), b"shop", rounds).hex()
 
         return await asyncio.get_running_loop().run_in_executor(self._signers, work)
@@ -71,8 +79,13 @@ class Orders:
         """Rows of one statement. Raises 503 where the database does not answer in time or refuses."""
         try:
             with database_operation():
-                async with asyncio.timeout(DATABASE_TIMEOUT_SECONDS), self._pool.acquire() as connection:
-                    return list(await connection.fetch(query, *values))
+                async with asyncio.timeout(DATABASE_TIMEOUT_SECONDS):
+                    with PENDING.labels(POOL).track_inprogress():
+                        connection = await self._pool.acquire()
+                    try:
+                        return list(await connection.fetch(query, *values))
+                    finally:
+                        await self._pool.release(connection)
         except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
             raise web.HTTPServiceUnavailable(text=f"database: {type(e).__name__}") from e
 
@@ -81,6 +94,7 @@ class Orders:
         bytearray(RENDER_BYTES)
         for pages in self._reports.values():
             pages.append(b" " * PAGE_BYTES)
+        self._weaknesses.answered(document, status)
         return web.json_response(document, status=status)
 
     async def products(self, _: web.Request) -> web.Response:
@@ -93,11 +107,11 @@ class Orders:
         rows = await self._fetch("SELECT cents FROM products WHERE id = $1", int(order["product"]))
         if not rows:
             raise web.HTTPNotFound(text="no such product")
-        cents = rows[0]["cents"]
+        cents = self._weaknesses.total(int(order["product"]), rows[0]["cents"])
         if self._flags["live_recommendations"]:
             await self._recommend()
         signature = await self._sign(f"{order['product']}:{cents}", SIGNING_ROUNDS)
-        await self._payments.call("POST", "/authorise", {"amount": cents})
+        await self._payments.call("POST", "/authorise", {"amount": cents, "signed_at": time.time()})
         placed = await self._fetch(
             "WITH o AS (INSERT INTO orders (product, cents, signature) VALUES ($1, $2, $3) RETURNING id), "
             "j AS (INSERT INTO jobs (order_id, expires_at) SELECT id, now() + make_interval(secs => $4) FROM o) "
@@ -107,7 +121,18 @@ class Orders:
             signature,
             float(PROMISED_SECONDS),
         )
+        self._keep(f"{placed[0]['id']} {cents} {signature}\n")
         return self._render({"id": placed[0]["id"], "state": "placed"}, 201)
+
+    def _keep(self, receipt: str) -> None:
+        """Receipts have to be kept for years: without one on disk there is no order. Raises 503."""
+        if self._spool is None:
+            return
+        try:
+            with (self._spool / "receipts").open("a") as file:
+                file.write(receipt.ljust(RECEIPT_BYTES - 1)[: RECEIPT_BYTES - 1] + "\n")
+        except OSError as e:
+            raise web.HTTPServiceUnavailable(text=f"receipt: {e.strerror}") from e
 
     async def _recommend(self) -> None:
         """What others bought: one query for each, the classical mistake; and one checkout at a time, the other one."""
@@ -177,12 +202,13 @@ async def background(coroutine: Any) -> AsyncIterator[None]:
             await task
 
 
-async def serve(port: int, database: str, payments_url: str) -> None:
-    payments = Callee("payments", payments_url, PAYMENTS_TIMEOUT_SECONDS)
+async def serve(port: int, database: str, payments: Callee, release: Path | None, spool: Path | None) -> None:
     async with asyncpg.create_pool(
         database, min_size=4, max_size=12, command_timeout=DATABASE_TIMEOUT_SECONDS, timeout=2
     ) as pool:
-        orders, app = Orders(pool, payments), application()
+        weaknesses = Weaknesses(pool, release)
+        orders, app = Orders(pool, payments, weaknesses, spool), application()
+        weaknesses.routes(app)
         app.router.add_get("/products", orders.products)
         app.router.add_post("/orders", orders.place)
         app.router.add_get("/orders/{id}", orders.show)
@@ -204,12 +230,19 @@ def main() -> None:
     parser.add_argument("--payments", required=True, help="base URL of the payment provider")
     parser.add_argument("--memory", type=int, default=0, help="bytes of address space; 0: no limit")
     parser.add_argument("--cpu", type=int, default=-1, help="the CPU to run on; -1: any")
+    parser.add_argument("--release", type=Path, help="directory of the release; without: as built")
+    parser.add_argument("--ca", help="who vouches for the payment provider's certificate (PEM)")
+    parser.add_argument("--resolver", help="HOST:PORT of the name server; without: the system's")
+    parser.add_argument("--spool", type=Path, help="directory for receipts; without: none are kept")
     args = parser.parse_args()
     if args.memory:
         limit_memory(args.memory)
     if args.cpu >= 0:
         os.sched_setaffinity(0, {args.cpu})
-    asyncio.run(serve(args.port, args.database, args.payments))
+    tls = ssl.create_default_context(cafile=args.ca) if args.ca else None
+    resolver = Resolver(args.resolver) if args.resolver else None
+    payments = Callee("payments", args.payments, PAYMENTS_TIMEOUT_SECONDS, tls, resolver)
+    asyncio.run(serve(args.port, args.database, payments, args.release, args.spool))
 
 
 if __name__ == "__main__":

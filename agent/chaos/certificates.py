@@ -1,0 +1,72 @@
+"""Certificates of the world: an authority of its own, and what it signs for the payment provider.
+
+Used by `agent.chaos.world` and its tests. Made anew for each world by the `openssl` command, in the world's directory;
+nothing of it is trusted by anybody but the shop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.demo.children import WorldError, bare_environment
+
+SECONDS = 20.0
+KEY = ("ecparam", "-name", "prime256v1", "-genkey", "-noout")
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files: the authority's certificate; and with their keys one that is valid, one renewed in time, and one that
+    expired yesterday."""
+
+    authority: Path
+    valid: Path
+    renewed: Path
+    expired: Path
+
+
+async def make(place: Path, name: str) -> Certificates:
+    """For the host `name`. Raises WorldError."""
+    made = Certificates(*(place / f"{n}.pem" for n in ("authority", "valid", "renewed", "expired")))
+    key = place / "authority.key"
+    await _openssl(*KEY, "-out", str(key))
+    await _openssl(
+        *("req", "-x509", "-new", "-key", str(key), "-subj", "/CN=the shop's authority", "-days", "30"),
+        *("-out", str(made.authority)),
+    )
+    extension = place / "extension.cnf"
+    extension.write_text(f"subjectAltName=DNS:{name}\n")
+    for file, days in ((made.valid, 2), (made.renewed, 90), (made.expired, -1)):
+        own, request, bare = (place / f"{file.stem}.{kind}" for kind in ("key", "csr", "crt"))
+        await _openssl(*KEY, "-out", str(own))
+        await _openssl("req", "-new", "-key", str(own), "-subj", f"/CN={name}", "-out", str(request))
+        await _openssl(
+            *("x509", "-req", "-in", str(request), "-CA", str(made.authority), "-CAkey", str(key), "-CAcreateserial"),
+            *("-days", str(days), "-extfile", str(extension), "-out", str(bare)),
+        )
+        file.write_text(bare.read_text() + own.read_text())
+    return made
+
+
+async def _openssl(*arguments: str) -> None:
+    program = shutil.which("openssl")
+    if program is None:
+        raise WorldError("openssl not found: apt-get install openssl")
+    process = await asyncio.create_subprocess_exec(
+        *(program, *arguments),
+        env=bare_environment(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        _, said = await asyncio.wait_for(process.communicate(), SECONDS)
+    except TimeoutError as e:
+        process.kill()
+        await process.wait()
+        raise WorldError(f"openssl {arguments[0]} has not ended within {SECONDS:.0f} s") from e
+    if process.returncode:
+        raise WorldError(f"openssl {arguments[0]} failed: {said.decode(errors='replace')[-500:]}")

@@ -1,0 +1,87 @@
+"""Small disks of the world's own: files that hold a file system, mounted where nobody outside of the world sees them.
+
+Used by `agent.chaos.world`. Only inside a world with namespaces of its own: its mounts end with its last process, so
+that a kill -9 of everything unmounts them and frees the loop device. Elsewhere there are no small disks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from agent.demo.children import WorldError, bare_environment
+
+FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of the kernel
+SECONDS = 20.0
+PIECE_BYTES = 256 * 1024
+
+
+def obstacle() -> str:
+    """Why there can be no small disks here; "" where there can."""
+    if os.geteuid() != 0:
+        return "only root may mount"
+    own = Path("/proc/self/ns")
+    try:
+        apart = (own / "mnt").readlink() == Path("/proc/1/ns/mnt").readlink()
+        if str((own / "pid").readlink()) == FIRST_PID_NAMESPACE or not apart:
+            return "a mount would outlive the world, which is not isolated"
+    except OSError as e:
+        return f"the namespaces cannot be seen: {e}"
+    missing = [p for p in ("mkfs.ext4", "mount", "umount") if _find(p) is None]
+    return f"{', '.join(missing)} not found: apt-get install e2fsprogs mount" if missing else ""
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program, path=bare_environment()["PATH"])
+
+
+async def mount(image: Path, at: Path, megabytes: int) -> None:
+    """A new ext4 of that size at `at`. Raises WorldError."""
+    with image.open("xb") as file:
+        file.truncate(megabytes * 1024 * 1024)
+    await _run("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image))
+    await _run("mount", "-o", "loop,nodev,nosuid,noexec", str(image), str(at))
+
+
+async def unmount(at: Path) -> None:
+    """At once for everybody who looks, and for good when the last file on it is closed. Raises WorldError."""
+    await _run("umount", "--lazy", str(at))
+
+
+def fill(file: Path, most: int | None = None) -> int:
+    """Writes the file until it has `most` bytes or the disk is full, to the last byte; how many were written. Raises
+    OSError for everything but a full disk."""
+    written, piece = 0, PIECE_BYTES
+    with file.open("ab", buffering=0) as out:
+        while piece and (most is None or written < most):
+            try:
+                written += out.write(b"\0" * piece)
+            except OSError as e:
+                if e.errno != errno.ENOSPC:
+                    raise
+                piece //= 2
+    return written
+
+
+async def _run(program: str, *arguments: str) -> None:
+    path = _find(program)
+    if path is None:
+        raise WorldError(f"{program} not found: {obstacle()}")
+    process = await asyncio.create_subprocess_exec(
+        *(path, *arguments),
+        env=bare_environment(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        _, said = await asyncio.wait_for(process.communicate(), SECONDS)
+    except TimeoutError as e:
+        process.kill()
+        await process.wait()
+        raise WorldError(f"{program} has not ended within {SECONDS:.0f} s") from e
+    if process.returncode:
+        raise WorldError(f"{program} {' '.join(arguments)} failed: {said.decode(errors='replace')[-500:]}")
