@@ -16,6 +16,7 @@ OTEL = "http_server_request_duration_seconds"
 OLD = "http_request_duration_seconds"
 CLIENT = "http_client_request_duration_seconds"
 DATABASE = "db_client_operation_duration_seconds"
+POOL = "db_client_connection"
 SERIES: dict[str, str] = {
     'up{service="s",instance="1"}': "1x40",
     'up{service="s",instance="2"}': "0x40",
@@ -51,7 +52,30 @@ SERIES: dict[str, str] = {
     f'{CLIENT}_count{{service="s",server_address="e",error_type=""}}': "0+1x40",
     f'{CLIENT}_bucket{{service="s",server_address="d",le="1"}}': "0+4x40",
     f'{CLIENT}_bucket{{service="s",server_address="d",le="+Inf"}}': "0+4x40",
+    f'{CLIENT}_count{{service="s",server_address="c",error_type=""}}': "0+5x40",
+    f'{CLIENT}_count{{service="s",server_address="c",error_type="ClientConnectorDNSError"}}': "0+1x40",
+    f'{CLIENT}_count{{service="s",server_address="c",error_type="ClientConnectorCertificateError"}}': "0+2x40",
+    f'{CLIENT}_count{{service="s",server_address="c",error_type="ServerDisconnectedError"}}': "0+2x40",
     'http_client_active_requests{service="s",server_address="d"}': "5x40",
+    'probe_ssl_earliest_cert_expiry{service="s"}': "1000x40",
+    'process_thread_count{service="s"}': "7x40",
+    'jvm_threads_live_threads{service="u"}': "9x40",
+    f'{POOL}_count{{service="s",db_client_connection_pool_name="a",db_client_connection_state="used"}}': "3x40",
+    f'{POOL}_count{{service="s",db_client_connection_pool_name="a",db_client_connection_state="idle"}}': "1x40",
+    f'{POOL}_max{{service="s",db_client_connection_pool_name="a"}}': "4x40",
+    f'{POOL}_pending_requests{{service="s",db_client_connection_pool_name="a"}}': "2x40",
+    'hikaricp_connections_active{service="u",pool="a"}': "5x40",
+    'hikaricp_connections_max{service="u",pool="a"}': "10x40",
+    'hikaricp_connections_pending{service="u",pool="a"}': "1x40",
+    'log_messages_total{service="s",level="info"}': "0+2x40",
+    'log_messages_total{service="s",level="debug"}': "0+5x40",
+    'logback_events_total{service="u",level="warn"}': "0+3x40",
+    'process_clock_seconds{service="s"}': "100+1x40",
+    'node_time_seconds{service="t"}': "0+1x40",
+    'node_timex_offset_seconds{service="u"}': "-0.25x40",
+    'build_info{service="s",version="1"}': "1x20 stale _x20",
+    'build_info{service="s",version="2"}': "_x20 1x20",
+    'prometheus_build_info{service="u",version="3"}': "1x40",
     'feature_flag_enabled{service="s",flag="f"}': "1x40",
     'worker_jobs_total{service="s",status="done"}': "0+3x40",
     'worker_jobs_total{service="s",status="failed"}': "0+1x40",
@@ -91,7 +115,7 @@ SERIES: dict[str, str] = {
     'node_filesystem_size_bytes{service="s",mountpoint="/run",fstype="tmpfs",device="b"}': "100x40",
 }
 S = '{service="s"}'
-D = '{service="s", server_address="d"}'
+C, D, E = (f'{{service="s", server_address="{callee}"}}' for callee in "cde")
 P = '{service="s", server_address="p"}'
 EXPECTED: dict[str, dict[str, float]] = {
     "up": {S: 0},
@@ -108,7 +132,18 @@ EXPECTED: dict[str, dict[str, float]] = {
     "http_latency_mean": {S: 0.2, '{service="u"}': 0.25},
     "http_active_requests": {S: 3},
     "http_client_latency_p95": {D: 0.95},
-    "http_client_error_ratio": {D: 0.25, '{service="s", server_address="e"}': 0},
+    "http_client_error_ratio": {C: 0.5, D: 0.25, E: 0},
+    "call_name_error_ratio": {C: 0.1, D: 0, E: 0},
+    "call_certificate_error_ratio": {C: 0.2, D: 0, E: 0},
+    "call_connection_error_ratio": {C: 0.2, D: 0, E: 0},
+    "call_rate": {C: 10, D: 4, E: 1},
+    "certificate_seconds_left": {S: 970},
+    "program_threads": {S: 7, '{service="u"}': 9},
+    "db_pool_used_ratio": {S: 0.75, '{service="u"}': 0.5},
+    "db_pool_waiting": {S: 2, '{service="u"}': 1},
+    "log_lines_rate": {S: 7, '{service="u"}': 3},
+    "clock_offset_seconds": {S: 100, '{service="t"}': 0, '{service="u"}': 0.25},
+    "builds_seen": {S: 2, '{service="u"}': 1},
     "http_client_active_requests": {D: 5},
     "feature_flag_enabled": {'{service="s", flag="f"}': 1},
     "cpu_usage_percent": {S: 50},
