@@ -22,7 +22,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from agent.chaos.arms import ARMS
+from agent.chaos.aftermath import done_twice, keep_recording, records_since
+from agent.chaos.arms import ARMS, WITH_AGENT
 from agent.chaos.follow import Job, follow
 from agent.chaos.isolation import Keeping, Task, Told
 from agent.chaos.measure import Run
@@ -36,15 +37,21 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1  # netdevice(7)
 
 async def runs_in_shop(arm: str, jobs: Sequence[Job], keeping: Keeping, cpu: int) -> AsyncGenerator[Run, None]:
     """Builds a shop with its arm at work and makes the jobs' runs in it. Raises WorldError."""
-    async with (
-        ChaosWorld.running(jobs[0].seed % 10_000, keeping.worlds, cpu) as world,
-        world.browse.probing(),
-        ARMS[arm](world) as doings,
-    ):
-        await asyncio.sleep(BASELINE_SECONDS)
-        for job in jobs:
-            run = await follow(world, job, doings)
-            yield msgspec.structs.replace(run, made_by=keeping.made_by)
+    async with ChaosWorld.running(jobs[0].seed % 10_000, keeping.worlds, cpu) as world, world.browse.probing():
+        world.keeps_looks = bool(keeping.record)
+        async with ARMS[arm](world) as doings:
+            await asyncio.sleep(BASELINE_SECONDS)
+            for job in jobs:
+                run = msgspec.structs.replace(await follow(world, job, doings), made_by=keeping.made_by)
+                yield await asyncio.to_thread(_looked_back, world, job, run, keeping) if arm in WITH_AGENT else run
+
+
+def _looked_back(world: ChaosWorld, job: Job, run: Run, keeping: Keeping) -> Run:
+    """The run with what the agent's journal says of it; its recording is kept where that is wanted."""
+    records = records_since(world.state_dir, run.at)
+    if keeping.record and not run.void:
+        keep_recording(run, job.scenario, records, world.looks, Path(keeping.record))
+    return msgspec.structs.replace(run, repeated=done_twice(records))
 
 
 def settle_in() -> None:

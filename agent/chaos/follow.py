@@ -28,7 +28,7 @@ POLL_SECONDS = 0.25
 QUIET_SECONDS, PATIENCE_SECONDS = 8.0, 120.0
 CONFIRM_SECONDS = 5.0  # a recovery must last
 AFTERWARDS_SECONDS = 45.0  # for an agent to close its incidents once the shop is fine
-KILL_WITHIN_SECONDS = 9.0  # an alert is usually followed by a recovery within this time
+KILL_WITHIN_SECONDS = 6.0  # an alert is usually followed by a recovery within this time
 CONTROL_SECONDS = 20.0  # to watch on after the last event of a scenario in which nothing gets worse
 _Touched = tuple[str, str]
 

@@ -38,7 +38,8 @@ from agent.chaos.scenario import Scenario
 from agent.chaos.workload import UserWorkload, WorkloadFile
 from agent.demo.children import WorldError
 
-ATTEMPTS = 2  # at a run whose world broke
+ATTEMPTS = 2  # at a run whose world broke; then its block is left for the next time
+GIVEN_UP = 3  # blocks so left, and it is no accident any more: everything ends
 ROOT = Path(__file__).parents[2]
 _decode = msgspec.json.Decoder(Run).decode
 
@@ -198,31 +199,39 @@ async def run_all(
     blocks: Sequence[Block], results: Results, progress: Progress, make: MakeRuns, worlds: int = 1
 ) -> None:
     """Makes every run that the results do not hold yet, up to `worlds` blocks at once, begun in their order. Raises
-    WorldError when a run's world broke `ATTEMPTS` times; the other blocks are ended then."""
+    WorldError for blocks whose world broke `ATTEMPTS` times at one run: after the others, or if there are `GIVEN_UP`."""
     progress.worlds = worlds
     progress.begin(blocks, results.has)
     active: dict[asyncio.Task[None], tuple[int, bool]] = {}  # slot, alone
+    broken: list[WorldError] = []
     try:
         for block in blocks:
             if all(results.has(job) for job in block.jobs):
                 continue
             while active and (block.alone or len(active) >= worlds or any(alone for _, alone in active.values())):
-                await _one_less(active)
+                await _one_less(active, broken)
             slot = min(set(range(worlds)) - {taken for taken, _ in active.values()})
             active[asyncio.ensure_future(_run_block(block, slot, results, progress, make))] = slot, block.alone
         while active:
-            await _one_less(active)
+            await _one_less(active, broken)
     finally:
         for task in active:
             task.cancel()
         await asyncio.gather(*active, return_exceptions=True)
+    if broken:
+        raise broken[-1]
 
 
-async def _one_less(active: dict[asyncio.Task[None], tuple[int, bool]]) -> None:
+async def _one_less(active: dict[asyncio.Task[None], tuple[int, bool]], broken: list[WorldError]) -> None:
     done, _ = await asyncio.wait(active, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         del active[task]
-        task.result()
+        try:
+            task.result()
+        except WorldError as error:
+            broken.append(error)
+            if len(broken) >= GIVEN_UP:
+                raise
 
 
 async def _run_block(block: Block, slot: int, results: Results, progress: Progress, make: MakeRuns) -> None:

@@ -174,6 +174,7 @@ class ChaosWorld(World):
         document = yaml.safe_load(super().agent_configuration())
         document["autonomy"] = {"default": self.autonomy}
         if self.keeps_looks:
+            self.looks.mkdir(exist_ok=True)
             document["investigate"]["recordings"] = str(self.looks)
         document["inventory"]["node-1"]["log_root"] = str(self.place("spool") / "log")
         if not self.enforceable:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,19 @@ from chaos_runs import run
 
 from actions.model import Plan, Step, StepMoved, StepState
 from agent import golden
+from agent.chaos import block
 from agent.chaos.aftermath import CHECKED, done_twice, keep_recording
+from agent.chaos.arms import Doings
+from agent.chaos.follow import Job
+from agent.chaos.isolation import Keeping
+from agent.chaos.measure import Run
 from agent.chaos.scenario import load_scenarios
 from agent.evaluate import evaluate, find_cases
 from agent.journal.records import Diagnosed, PlanMade, Record, StepRecorded
+from agent.journal.wal import Wal
 from agent.packs import load_packs
 from agent.sources.recorded import read_recording
+from agent.store import journal_directory
 from rules.diagnose import diagnose
 
 S = StepState
@@ -120,3 +129,52 @@ def test_a_run_without_a_look_leaves_no_recording(looks: Path, tmp_path: Path) -
     scenario = load_scenarios()["bad_flag"]
     assert keep_recording(run("bad_flag"), scenario, [], looks, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
+
+
+async def test_the_child_judges_the_journal_and_keeps_the_look(
+    looks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the shop is real: the agent's journal, written as the agent writes it, and its look."""
+    situation = read_recording(looks / "inc-1-0-2")
+    seen = Diagnosed(
+        at=1_800_000_000.0, incident="inc-1", diagnosis=diagnose(situation, load_packs()), evidence_at=situation.until
+    )
+    wal = Wal.open(journal_directory(tmp_path / "state"))
+    story = STORIES["repeated after it ran"][0]
+    await wal.append([seen, plan(), *moves(story)])
+    await wal.close()
+
+    class World:
+        keeps_looks = False
+        state_dir = tmp_path / "state"
+
+        def __init__(self) -> None:
+            self.looks, self.browse = looks, self
+
+        @classmethod
+        @contextlib.asynccontextmanager
+        async def running(cls, *_: object) -> AsyncIterator[World]:
+            yield cls()
+
+        @contextlib.asynccontextmanager
+        async def probing(self) -> AsyncIterator[None]:
+            yield
+
+    @contextlib.asynccontextmanager
+    async def arm(world: World) -> AsyncIterator[Doings]:
+        assert world.keeps_looks
+        yield Doings()
+
+    async def followed(world: object, job: Job, doings: Doings) -> Run:
+        return run(job.scenario.name, job.arm, job.repetition, at=0.5)
+
+    monkeypatch.setattr(block, "ChaosWorld", World)
+    monkeypatch.setattr(block, "ARMS", {"auto": arm})
+    monkeypatch.setattr(block, "follow", followed)
+    monkeypatch.setattr(block, "BASELINE_SECONDS", 0.0)
+    keeping = Keeping(record=str(tmp_path / "out"), made_by="this")
+    jobs = [Job(load_scenarios()["bad_flag"], "auto", 1, 7)]
+    made = [one async for one in block.runs_in_shop("auto", jobs, keeping, 0)]
+    assert [one.made_by for one in made] == ["this"]
+    assert any("though it had taken effect" in what for what in made[0].repeated)
+    assert (tmp_path / "out" / "auto" / "bad-flag-1" / "expected.json").exists()

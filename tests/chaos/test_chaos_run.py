@@ -129,7 +129,7 @@ def test_interrupted_anywhere_and_with_any_worlds_every_run_is_made_once(
     assert found == wanted
 
 
-async def test_a_world_that_breaks_is_built_again_and_then_given_up_with_all_others(tmp_path: Path) -> None:
+async def test_a_world_that_breaks_is_built_again_and_then_left_for_another_time(tmp_path: Path) -> None:
     blocks = plan(SCENARIOS, ARMS, repetitions=1, seed=3, share=2)
     broken: Counter[str] = Counter()
 
@@ -144,12 +144,20 @@ async def test_a_world_that_breaks_is_built_again_and_then_given_up_with_all_oth
     assert len(results.runs) == total
 
     told: list[str] = []
-    worlds = Worlds(lambda job: job.scenario.name == "db_lock")
+    worlds = Worlds(lambda job: (job.scenario.name, job.arm) == ("db_lock", "auto"))
     results = Results.open(tmp_path / "others.jsonl")
     with pytest.raises(WorldError, match="burnt down"):
         await run_all(blocks, results, Progress(total, lambda what, made: told.append(what)), worlds, 3)
-    assert not worlds.active
+    left = next(b for b in blocks if b.arm == "auto" and any(j.scenario.name == "db_lock" for j in b.jobs))
+    assert {j.key for b in blocks for j in b.jobs if not results.has(j)} <= {j.key for j in left.jobs}
     assert any("db_lock" in line and "burnt down" in line for line in told)
+
+    worlds = Worlds(lambda job: True)
+    results = Results.open(tmp_path / "none.jsonl")
+    with pytest.raises(WorldError, match="burnt down"):
+        await run_all(blocks, results, Progress(total, lambda what, made: None), worlds, 3)
+    assert not worlds.active
+    assert not results.runs
 
 
 HARNESS = """
