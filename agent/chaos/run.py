@@ -199,7 +199,7 @@ async def run_all(
     blocks: Sequence[Block], results: Results, progress: Progress, make: MakeRuns, worlds: int = 1
 ) -> None:
     """Makes every run that the results do not hold yet, up to `worlds` blocks at once, begun in their order. Raises
-    WorldError for blocks whose world broke `ATTEMPTS` times at one run: after the others, or if there are `GIVEN_UP`."""
+    WorldError for blocks whose world broke `ATTEMPTS` times at a run: after the others, or if there are `GIVEN_UP`."""
     progress.worlds = worlds
     progress.begin(blocks, results.has)
     active: dict[asyncio.Task[None], tuple[int, bool]] = {}  # slot, alone
