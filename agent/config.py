@@ -171,7 +171,7 @@ class Topology(Struct, frozen=True, kw_only=True):
 class Packs(Struct, frozen=True, kw_only=True):
     dirs: tuple[Directory, ...] = ()
     disable: tuple[Name, ...] = ()  # names of packs
-    engine: Literal["builtin", "durable"] = "builtin"  # which engine runs the rules of live incidents
+    engine: Literal["builtin", "durable"] = "builtin"  # which engine runs the rules
     model: File | None = None  # learned tables (`alertmedic learn`) in the place of the shipped ones
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agent.engines import Engine, matched
 from agent.evaluate import LIMIT, Case, Ranking, Scored, Truth, read_truth, report, score
 from agent.sources.recorded import read_recording
 from rules.diagnose import conclude, observe
@@ -37,11 +38,12 @@ def cross_validate(
     packs: PackSet,
     progress: Callable[[Case], None] = lambda _: None,
     unlicensed: Collection[str] = (),
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """`{"service": report, "system": report}`, as `agent.evaluate.report` gives them. Raises RecordingError."""
     known: list[_Known] = []
     for case in cases:
-        observer = observe(read_recording(case.directory), packs)
+        observer = matched(observe(read_recording(case.directory), packs), engine)
         truth = read_truth(case.directory)
         counts = count(observer, truth.service, truth.fault)
         known.append(_Known(case, observer, truth, counts, str(truth.extra.get("source", case.set))))
@@ -80,7 +82,7 @@ def _diagnosed(
             fitted[without] = applied(packs, learned(packs, counts, causes))
         begun = time.perf_counter()
         seen = one.observer
-        fresh = Observer(seen.situation, fitted[without], seen.findings, seen.graph)
+        fresh = Observer(seen.situation, fitted[without], seen.findings, seen.graph, seen.fired)
         ranking = Ranking.of(conclude(fresh, LIMIT))
         scored.append(score(one.case, ranking, one.truth, time.perf_counter() - begun))
     return scored

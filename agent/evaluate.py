@@ -22,8 +22,8 @@ from typing import Any
 import msgspec
 
 from agent import baselines
+from agent.engines import Engine, diagnosed
 from agent.sources.recorded import RecordingError, read_recording
-from rules.diagnose import diagnose
 from rules.model import Diagnosis, Situation
 from rules.packs import PackSet
 
@@ -114,14 +114,18 @@ def read_truth(directory: Path) -> Truth:
 
 
 def evaluate(
-    cases: Sequence[Case], packs: PackSet, progress: Callable[[Case], None] = lambda _: None
+    cases: Sequence[Case],
+    packs: PackSet,
+    progress: Callable[[Case], None] = lambda _: None,
+    engine: Engine | None = None,
 ) -> tuple[Scored, ...]:
-    """Diagnoses every case, then compares it with its truth. Raises RecordingError."""
+    """Diagnoses every case, its rules run by `engine` (None: the built-in one), then compares it with its truth. Raises
+    RecordingError."""
     scored: list[Scored] = []
     for case in cases:
         begun = time.perf_counter()
         situation = read_recording(case.directory)
-        ranking = Ranking.of(diagnose(situation, packs, LIMIT))
+        ranking = Ranking.of(diagnosed(situation, packs, LIMIT, engine))
         seconds = time.perf_counter() - begun
         truth = read_truth(case.directory)
         others = baseline_ranks(situation, truth) if truth.service is not None else {}

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from agent.commands.output import CommandError, Exit, emit_json, say, table
+from agent.engines import Engine, EngineError, diagnosed, engine_for
 from agent.log import printable
 
 _COLUMNS = ("ac1", "ac3", "ac5", "avg5")
@@ -33,20 +36,21 @@ def diagnose(config: Config, recordings: tuple[Path, ...], limit: int, *, as_jso
     from agent.packs import load_packs
     from agent.sources.recorded import RecordingError, read_recording
     from rules.diagnose import TOP
-    from rules.diagnose import diagnose as diagnosed
 
     packs = load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
     answers: list[dict[str, Any]] = []
-    for path in recordings:
-        try:
-            situation = read_recording(path)
-        except RecordingError as error:
-            raise CommandError(str(error), "a recording is a directory with alert.json and series.csv.gz") from error
-        diagnosis = diagnosed(situation, packs, limit or TOP)
-        if as_json:
-            answers.append({"recording": str(path), "diagnosis": msgspec.to_builtins(diagnosis)})
-        else:
-            _tell(path, diagnosis)
+    with _engine(config, packs) as engine:
+        for path in recordings:
+            try:
+                situation = read_recording(path)
+            except RecordingError as error:
+                hint = "a recording is a directory with alert.json and series.csv.gz"
+                raise CommandError(str(error), hint) from error
+            diagnosis = diagnosed(situation, packs, limit or TOP, engine)
+            if as_json:
+                answers.append({"recording": str(path), "diagnosis": msgspec.to_builtins(diagnosis)})
+            else:
+                _tell(path, diagnosis)
     if as_json:
         emit_json({"diagnoses": answers})
     return Exit.OK
@@ -59,7 +63,6 @@ def diagnose_alerts(
     Prometheus at `url` (default: the configured one) holds at the time `at` (default: now)."""
     from agent.packs import load_packs
     from rules.diagnose import TOP
-    from rules.diagnose import diagnose as diagnosed
 
     prometheus = msgspec.structs.replace(config.prometheus, url=url) if url else config.prometheus
     config = msgspec.structs.replace(config, prometheus=prometheus)
@@ -68,16 +71,27 @@ def diagnose_alerts(
     packs = load_packs(config.packs.dirs, config.packs.disable, config.packs.model)
     now = time.time() if at is None else at
     answers: list[dict[str, Any]] = []
-    for path in files:
-        situation = asyncio.run(_around(config, packs, _alerts_in(path), now))
-        diagnosis = diagnosed(situation, packs, limit or TOP)
-        if as_json:
-            answers.append({"alert": str(path), "diagnosis": msgspec.to_builtins(diagnosis)})
-        else:
-            _tell(path, diagnosis)
+    with _engine(config, packs) as engine:
+        for path in files:
+            situation = asyncio.run(_around(config, packs, _alerts_in(path), now))
+            diagnosis = diagnosed(situation, packs, limit or TOP, engine)
+            if as_json:
+                answers.append({"alert": str(path), "diagnosis": msgspec.to_builtins(diagnosis)})
+            else:
+                _tell(path, diagnosis)
     if as_json:
         emit_json({"diagnoses": answers})
     return Exit.OK
+
+
+@contextmanager
+def _engine(config: Config, packs: PackSet) -> Iterator[Engine | None]:
+    """The configured rule engine, for the time of the block. Raises CommandError where it cannot be had."""
+    try:
+        with engine_for(config.packs.engine, packs) as engine:
+            yield engine
+    except EngineError as error:
+        raise CommandError(str(error), "set packs.engine: builtin") from error
 
 
 def _alerts_in(path: Path) -> tuple[Alert, ...]:
@@ -180,8 +194,9 @@ def evaluate(
             def advance(case: scoring.Case) -> None:
                 bar.update(task, advance=1, description=printable(case.set))
 
-            scored = scoring.evaluate(cases, packs, advance)
-            crossed = cross_validate(cases, bare, advance, unlicensed) if cross else {}
+            with _engine(config, packs) as engine:
+                scored = scoring.evaluate(cases, packs, advance, engine)
+                crossed = cross_validate(cases, bare, advance, unlicensed, engine) if cross else {}
     except RecordingError as error:
         raise CommandError(str(error), "evaluate needs directories of recordings, each with truth.json") from error
     found = scoring.report(scored)

@@ -1,6 +1,7 @@
 """Rule engines: who finds out which rules fire.
 
-Called by `agent.app` (`engine_of`) and `agent.investigate` (`matched`). The built-in matcher (`rules.engine`) is the
+Called by `agent.app` (`engine_of`), `agent.investigate` (`matched`) and the commands that diagnose or evaluate
+recordings (`engine_for`, `diagnosed`). The built-in matcher (`rules.engine`) is the
 default and the fastest; durable-rules can stand in for it (`packs.engine: durable`), and tests hold the two equal. An
 engine that fails costs the rules of one look, never the look: what is missing is named like any other evidence.
 """
@@ -8,13 +9,15 @@ engine that fails costs the rules of one look, never the look: what is missing i
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, Protocol
 
+from rules.diagnose import TOP, conclude, observe
 from rules.engine import Fired, Record, records_of
 from rules.evidence import Observer
-from rules.model import Evidence
+from rules.model import Diagnosis, Evidence, Situation
 from rules.packs import PackSet
 
 logger = logging.getLogger("alertmedic.engines")
@@ -42,6 +45,22 @@ def engine_of(name: Literal["builtin", "durable"], packs: PackSet) -> Engine | N
     from agent.engines.durable import Durable
 
     return Durable(packs.rules)
+
+
+@contextmanager
+def engine_for(name: Literal["builtin", "durable"], packs: PackSet) -> Iterator[Engine | None]:
+    """`engine_of`, closed in the end. Raises EngineError."""
+    engine = engine_of(name, packs)
+    try:
+        yield engine
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def diagnosed(situation: Situation, packs: PackSet, limit: int = TOP, engine: Engine | None = None) -> Diagnosis:
+    """`rules.diagnose.diagnose`, its rules run by `engine`."""
+    return conclude(matched(observe(situation, packs), engine), limit)
 
 
 def matched(observer: Observer, engine: Engine | None) -> Observer:

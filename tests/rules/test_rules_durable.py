@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import stat
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from agent import engines
 from agent.engines import EngineError, engine_of, matched
 from agent.engines import durable as durable_engine
 from rules.diagnose import conclude, diagnose, observe
-from rules.engine import Matcher, Record, records_of
+from rules.engine import Fired, Matcher, Record, records_of
 from rules.packs import Outcome, PackSet, Pattern, Rule
 
 
@@ -77,6 +80,64 @@ def test_it_diagnoses_alike(shipped: durable_engine.Durable, packs: PackSet, fau
     records = records_of(observer.graph, observer.findings, observer.facts())
     assert shipped.match(records) == Matcher(packs.rules).match(records)
     assert conclude(matched(observer, shipped)) == diagnose(situation, packs)
+
+
+def test_recordings_are_diagnosed_and_evaluated_by_it(
+    shipped: durable_engine.Durable, packs: PackSet, tmp_path: Path
+) -> None:
+    from agent import evaluate
+    from agent.crossval import cross_validate
+    from agent.engines import diagnosed
+    from agent.golden import shipped as golden_incidents
+    from agent.sources.recorded import read_recording
+
+    asked = []
+
+    class Watched:
+        def match(self, records: Mapping[str, Sequence[Record]]) -> tuple[Fired, ...]:
+            asked.append(records)
+            return shipped.match(records)
+
+        def close(self) -> None: ...
+
+    cases = [path.parent for path in sorted(golden_incidents().glob("*/alert.json"))][:4]
+    for n, case in enumerate(cases, 1):
+        situation = read_recording(case)
+        assert diagnosed(situation, packs, engine=Watched()) == diagnose(situation, packs)
+        assert len(asked) == n
+    for case in cases[:2]:
+        shutil.copytree(case, tmp_path / case.name)
+        truth = {"service": "orders", "fault": "latency", "metrics": [], "extra": {}}
+        (tmp_path / case.name / "truth.json").write_text(json.dumps(truth))
+    evaluated = evaluate.find_cases([tmp_path])
+    by_both = [[s.ranking for s in evaluate.evaluate(evaluated, packs, engine=engine)] for engine in (Watched(), None)]
+    assert by_both[0] == by_both[1]
+    crossed = [
+        cross_validate(evaluated, packs, engine=engine)["service"]["calibration"] for engine in (Watched(), None)
+    ]
+    assert crossed[0] == crossed[1]
+    assert len(asked) == len(cases) + 2 * len(evaluated)
+    engine = Watched()
+    engine.match = _failing  # type: ignore[method-assign]
+    without = diagnosed(read_recording(cases[0]), packs, engine=engine)
+    assert "no answer" in without.missing["rules"]
+
+
+def _failing(records: Mapping[str, Sequence[Record]]) -> tuple[Fired, ...]:
+    raise EngineError("no answer")
+
+
+def test_the_commands_run_the_configured_engine(installed: None, tmp_path: Path) -> None:
+    from agent.golden import shipped as golden_incidents
+
+    case = next(path.parent for path in sorted(golden_incidents().glob("*/alert.json")))
+    answers = []
+    for engine in ("builtin", "durable"):
+        environment = {**os.environ, "ALERTMEDIC_PACKS__ENGINE": engine}
+        command = [sys.executable, "-m", "agent", "diagnose", str(case), "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=True)
+        answers.append(done.stdout)
+    assert answers[0] == answers[1]
 
 
 PAIR = Rule(
