@@ -19,7 +19,7 @@ import aiohttp
 from agent.chaos.arms import WITH_AGENT, Doings
 from agent.chaos.measure import CAP_SECONDS, Run
 from agent.chaos.scenario import Scenario
-from agent.chaos.workload import Workload
+from agent.chaos.workload import CannotInjectError, Workload
 from agent.demo.children import WorldError
 from agent.demo.probe import Checkout, degraded_at, recovered_at
 from agent.demo.report import FINAL_STATES, UNTOUCHED_STEPS
@@ -64,6 +64,7 @@ class Follower:
     acted: float | None = None
     alerted: asyncio.Event = field(default_factory=asyncio.Event)
     killed: float | None = None
+    impossible: str = ""  # why a fault could not be injected at all
     incidents: list[dict[str, Any]] = field(default_factory=list)
 
     async def until_over(self, timeline: asyncio.Task[None]) -> None:
@@ -173,7 +174,9 @@ class Follower:
         return round(sum(not p.good for p in probes) / len(probes), 4) if probes else 0.0
 
     def _void(self, probes: Sequence[Checkout]) -> str:
-        """Which expectation of the scenario about the world did not come true, in words."""
+        """Which expectation of the scenario about the world did not come true, in words; or what could not be done."""
+        if self.impossible:
+            return self.impossible
         for event in self.job.scenario.timeline:
             if event.expect is None:
                 continue
@@ -239,7 +242,11 @@ async def _play(world: Workload, follower: Follower, injected: list[str]) -> Non
         await asyncio.sleep(max(0.0, begun + (event.at or 0.0) - time.monotonic()))
         if event.inject is not None:
             injected.append(event.inject)
-            at = await world.inject(event.inject, event.settings)
+            try:
+                at = await world.inject(event.inject, event.settings)
+            except CannotInjectError as error:
+                follower.impossible = str(error)
+                return
             if first:
                 follower.began, begun, first = at, time.monotonic() - max(0.0, time.time() - at), False
         elif event.clear is not None:

@@ -39,8 +39,13 @@ COMMAND_SECONDS = 60.0
 TAIL = 2000
 
 
+class CannotInjectError(WorldError):
+    """A fault cannot be made on this machine (a program or a right is missing): its run is void, and others go on."""
+
+
 class Workload(Protocol):
-    """The thing that is broken, as a run sees it. Times are unix seconds; what cannot go on raises WorldError."""
+    """The thing that is broken, as a run sees it. Times are unix seconds; what cannot go on raises WorldError, a fault
+    that cannot be had here CannotInjectError."""
 
     probe: Probe  # the service-level indicator
     browse: Probe  # what must stay good where a scenario says so

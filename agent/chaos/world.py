@@ -23,6 +23,7 @@ import yaml
 from agent.chaos import certificates, disk, releases
 from agent.chaos.certificates import Certificates
 from agent.chaos.disk import fill
+from agent.chaos.workload import CannotInjectError
 from agent.demo import settings
 from agent.demo.children import Child, Command, WorldError, bare_environment, free_ports
 from agent.demo.probe import Probe
@@ -35,6 +36,7 @@ PAYMENTS_NAME = "payments.shop.test"
 FAKETIME = "*/faketime/libfaketime.so.1"  # below /usr/lib; Debian: faketime
 # The injector must not know them.
 HARNESS_FAULTS = frozenset({"agent_kill", "prometheus_frozen", "alertmanager_frozen", "journal_full", "sandbox_gone"})
+NEEDS_DISK = {"disk_full": "spool", "journal_full": "journal"}
 SMALL_DISKS = {"spool": 48, "journal": 64}  # MB: the shop's receipts and logs; the agent's journal
 
 
@@ -88,7 +90,8 @@ class ChaosWorld(World):
         self.certificates: Certificates | None = None
         self.clock = self.place("clock") / "offset"
         self.enforceable = True
-        self.disks: dict[str, Path] = {}  # small ones, by what they are for; none where nothing can be mounted
+        self.disks: dict[str, Path] = {}  # small ones, by what they are for
+        self.no_disks = ""  # why there are none
         self.faketime = next((str(found) for found in sorted(Path("/usr/lib").glob(FAKETIME))), "")
 
     @property
@@ -104,16 +107,24 @@ class ChaosWorld(World):
         self.certificates = await certificates.make(self.place("certificates"), PAYMENTS_NAME)
         releases.write(self.place("releases"))
         self.clock.write_text("+0\n")
-        if not disk.obstacle():
-            for name, megabytes in SMALL_DISKS.items():
-                at = self.place(name)
-                await disk.mount(self.directory / f"{name}.img", at, megabytes)
-                self.disks[name] = at
+        await self._mount_disks()
         (self.place("spool") / "log").mkdir()
         ports = ("--listen", str(self.names_port), "--control", str(self.names_control))
         argv = (sys.executable, "-m", "agent.chaos.names", *ports, f"{PAYMENTS_NAME}=127.0.0.1")
         await self._start("names", Command(argv, bare_environment()))
         await super()._build()
+
+    async def _mount_disks(self) -> None:
+        """Small disks, or the reason why there are none."""
+        self.no_disks = disk.obstacle()
+        for name, megabytes in SMALL_DISKS.items() if not self.no_disks else ():
+            at = self.place(name)
+            try:
+                await disk.mount(self.directory / f"{name}.img", at, megabytes)
+            except WorldError as error:  # a container's root may not mount
+                self.no_disks = str(error)
+                return
+            self.disks[name] = at
 
     def payments_options(self) -> tuple[str, ...]:
         assert self.certificates is not None
@@ -212,13 +223,15 @@ class ChaosWorld(World):
     # -- the agent and its monitoring, disturbed by the harness itself -------------------------------------------------
 
     async def inject(self, fault: str, settings: Mapping[str, float]) -> float:
-        """When it broke, in unix seconds. Raises WorldError."""
+        """When it broke, in unix seconds. Raises CannotInjectError where this machine lacks something, WorldError."""
+        if lacking := self._lacking(fault):
+            raise CannotInjectError(f"{fault} cannot be made here: {lacking}")
         if fault == "agent_kill":
             await self.kill_agent()
         elif fault == "sandbox_gone":
             await self._restart_agent(enforceable=False)
         elif fault == "journal_full":
-            await asyncio.to_thread(self._fill_journal)
+            await asyncio.to_thread(fill, self._journal_filler())  # something else takes the last byte of its disk
         elif fault in HARNESS_FAULTS:
             self._signal(self.children[fault.removesuffix("_frozen")], signal.SIGSTOP)
         else:
@@ -247,11 +260,13 @@ class ChaosWorld(World):
     def _journal_filler(self) -> Path:
         return self.place("journal") / "something-else"
 
-    def _fill_journal(self) -> None:
-        """Something else takes the last byte of the disk on which the agent keeps its journal."""
-        if "journal" not in self.disks:
-            raise WorldError(f"journal_full: there is no small disk: {disk.obstacle()}")
-        fill(self._journal_filler())
+    def _lacking(self, fault: str) -> str:
+        """What this machine lacks for a fault; "" where it lacks nothing."""
+        if fault in NEEDS_DISK and NEEDS_DISK[fault] not in self.disks:
+            return f"there is no small disk: {self.no_disks}"
+        if fault == "clock_skew" and not self.faketime:
+            return "libfaketime not found: apt-get install faketime"
+        return ""
 
     async def _end(self) -> None:
         await super()._end()
