@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -363,11 +363,19 @@ def _hypothesis(candidate: Candidate, observer: Observer, propose: bool) -> Hypo
         path=candidate.path,
         rules=candidate.rules,
         contributions=contributions,
-        proposals=tuple(p for p in proposals if p is not None),
+        proposals=_once(p for p in proposals if p is not None),
         sentence=_filled(cause.sentence, words),
         no_remedy=cause.no_remedy,
         runbook=cause.runbook or _runbook(observer.situation),
     )
+
+
+def _once(proposals: Iterable[Proposal]) -> tuple[Proposal, ...]:
+    """Without those that say again what one before them said, from other evidence."""
+    found: dict[tuple[str, tuple[tuple[str, ParamValue], ...]], Proposal] = {}
+    for proposal in proposals:
+        found.setdefault((proposal.action, tuple(sorted(proposal.params.items()))), proposal)
+    return tuple(found.values())
 
 
 def _runbook(situation: Situation) -> str:

@@ -61,6 +61,7 @@ def graph_of(situation: Situation, packs: PackSet, findings: Sequence[Finding]) 
     facts = [f for kind in ("host.process", "host.cpu") for f in situation.facts(kind)]
     speaking = {f.service for f in findings if f.service}
     nodes = {s for edge in edges for s in edge} | set(situation.topology.kinds) | speaking
+    nodes |= {f.service for f in situation.facts("kubernetes.node") if kind_of(f.service)}
     nodes |= {situation.entry} - {""}
     implied: dict[str, str] = {}
     for finding in findings:

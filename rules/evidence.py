@@ -104,7 +104,11 @@ class Observer:
         return self._processes[fact.subject]
 
     def _change(self, fact: Fact) -> Record:
-        """How long before the onset a change was made; nothing of other facts, or if it does not say when."""
+        """How long before the onset a change was made, or what a Kubernetes fact tells the age of; nothing of other
+        facts, or if it does not say when."""
+        old = fact.attributes.get("age_seconds") if fact.kind.startswith("kubernetes.") else None
+        if isinstance(old, (int, float)) and not isinstance(old, bool):
+            return {"age_at_onset_seconds": old - (self.situation.until - self.situation.onset)}
         when = _moment(fact.attributes.get("time")) if fact.kind.startswith("change.") else None
         if when is None:
             return {}

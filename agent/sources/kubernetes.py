@@ -10,12 +10,13 @@ not known (no right to see it, API server away) is a warning, and if pods are un
 | kind | subject | attributes |
 |---|---|---|
 | kubernetes.pod | pod/shop/cart-0 | phase, node, ready, restarts, waiting_reason, last_reason, |
-| | | last_exit_code, ended_seconds_ago, container, age_seconds, owner, probes, deleting, unschedulable |
+| | | last_exit_code, ended_seconds_ago, container, age_seconds, owner, probes, deleting, scheduled, unschedulable |
 | kubernetes.workload | deployment/shop/cart | desired, ready, updated, available, short, paused, observed, images, |
 | | | stuck_reason |
 | kubernetes.rollout | deployment/shop/cart | revision, images, images_before, image_changed, age_seconds |
 | kubernetes.autoscaler | autoscaler/shop/cart | target, min, max, current, desired, at_max |
-| kubernetes.node | node/a | ready, memory_pressure, disk_pressure, pid_pressure, network_unavailable, unschedulable |
+| kubernetes.node | node/a | ready, not_ready, memory_pressure, disk_pressure, pid_pressure, pressure, |
+| | | network_unavailable, unschedulable |
 | kubernetes.claim | persistentvolumeclaim/shop/data | phase |
 | kubernetes.endpoints | service/shop/cart | ready, not_ready |
 | kubernetes.event | what it is about, and the reason | about, type, reason, message, count, age_seconds |

@@ -89,12 +89,14 @@ def _pod(item: Document) -> dict[str, Value]:
         "ready": False,
         "restarts": 0.0,
         "deleting": "deletionTimestamp" in item["metadata"],
+        "scheduled": True,
     }
     for condition in status.get("conditions") or []:
         if condition["type"] == "Ready":
             found["ready"] = condition["status"] == "True"
             found["ready_since"] = seconds_of(condition.get("lastTransitionTime"))
         elif condition["type"] == "PodScheduled" and condition["status"] == "False":
+            found["scheduled"] = False
             found["unschedulable"] = bounded(str(condition.get("message", "")), 200)
     probes = [c for c in spec.get("containers") or [] if c.get("readinessProbe") or c.get("livenessProbe")]
     found["probes"] = float(len(probes))
@@ -177,6 +179,8 @@ def _node(item: Document) -> dict[str, Value]:
         if name:
             found[name] = condition["status"] == "True"
             found[f"{name}_since"] = seconds_of(condition.get("lastTransitionTime"))
+    found["not_ready"] = found.get("ready") is False  # a node that does not say is not counted as one
+    found["pressure"] = any(found.get(f"{what}_pressure") is True for what in ("memory", "disk", "pid"))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,7 +43,11 @@ class Expected:
 
 @dataclass(frozen=True)
 class KubeScenario(Scenario):
-    """A simulated cause around real-looking objects; `name` keeps it apart from all others."""
+    """A simulated cause around real-looking objects; `name` keeps it apart from all others. With an API server nobody
+    needs metrics to tell `owners`. The trouble is over at `heals_at`."""
+
+    by_metrics: bool = True
+    heals_at: float = math.inf
 
     @property
     def row(self) -> dict[str, Any]:
@@ -147,8 +152,10 @@ class KubeScenario(Scenario):
         return found
 
     def series(self) -> Rows:
-        for metric, labels, samples in (*super().series(), *self.owners()):
-            yield metric, labels | {"scenario": self.name}, samples
+        for metric, labels, samples in (*super().series(), *(self.owners() if self.by_metrics else ())):
+            calm = samples[0][1]  # of gauges: what they show before the fault
+            healed = [(t, value if t < self.heals_at else calm) for t, value in samples]
+            yield metric, labels | {"scenario": self.name}, healed
 
     def owners(self) -> Rows:
         """What kube-state-metrics says of who owns whom, and of nodes, targets and claims."""
@@ -188,14 +195,17 @@ class KubeScenario(Scenario):
             yield metric, labels, [(t, 1.0) for t in times]
 
 
-def scenario(rule: RuleOf, starts_at: float) -> KubeScenario:
+def scenario(rule: RuleOf, starts_at: float, **more: Any) -> KubeScenario:
     number = list(rules()).index(rule)
-    return KubeScenario(f"{number // 100}.{number % 100}", rule, table()["alerts"][rule.id]["cause"], starts_at)
+    name = more.pop("name", f"{number // 100}.{number % 100}")  # two bytes of an address
+    return KubeScenario(name, rule, table()["alerts"][rule.id]["cause"], starts_at, **more)
 
 
 @dataclass
 class KubeAgent(Agent):
     """The service as an operator would start it beside a Prometheus; `extra` is more configuration."""
+
+    step_seconds: int = STEP
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -203,7 +213,8 @@ class KubeAgent(Agent):
             f"""
 listen: 127.0.0.1:{self.port}
 state_dir: {self.directory / "state"}
-prometheus: {{url: "{self.prometheus}", step_seconds: {STEP}, timeout_seconds: 60}}
+prometheus:
+  {{url: "{self.prometheus}", step_seconds: {self.step_seconds}, rate_seconds: {4 * STEP}, timeout_seconds: 60}}
 merge: {{window_seconds: 0}}
 investigate: {{rounds: 1}}
 autonomy: {{default: {self.autonomy}}}

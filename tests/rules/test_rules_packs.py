@@ -313,14 +313,14 @@ class TestShipped:
     def test_every_query_is_promql(self, packs: PackSet) -> None:
         for query in packs.queries():
             if query.source != "prometheus":
-                assert (query.name, query.query) == ("host.processes", "")
+                assert (query.name, query.query) in (("host.processes", ""), ("kubernetes.objects", ""))
                 continue
             assert promql_fault(query.query) == "", query.name
 
     def test_every_signal_is_asked_for_and_every_group_is_used(self, packs: PackSet) -> None:
         asked = {name for name, signal in packs.signals.items() if signal.derive is None} - RECORDED
         asked -= {name for pack in packs.packs if pack.fallback for name in pack.signals}  # by rules.anyalert
-        assert {*asked, "host.processes"} == {q.name for q in packs.queries()}
+        assert {*asked, "host.processes", "kubernetes.objects"} == {q.name for q in packs.queries()}
         derivations = [s.derive for s in packs.signals.values() if s.derive is not None]
         sources = {n for d in derivations for n in (*d.of, *d.traffic, d.minus)} - {""}
         used = {line.group for c in packs.causes.values() for line in c.evidence}
