@@ -117,10 +117,12 @@ def grant(cluster: Cluster) -> None:
 
 def populate(cluster: Cluster, about: KubeScenario) -> None:
     """The objects of the scenario's shape, as its controllers would have made them; no metric says who owns what."""
-    if not (chain := [tuple(link.split()) for link in about.shape.get("chain", [])]):
-        cluster.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": about.node}})
-        return
     cluster.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": about.node}})
+    down = about.cause in ("kubernetes.node_down", "host.down")
+    conditions = [{"type": "Ready", "status": "Unknown" if down else "True"}]
+    cluster.patch(f"node/{about.node}", {"status": {"conditions": conditions}}, sub="/status")
+    if not (chain := [tuple(link.split()) for link in about.shape.get("chain", [])]):
+        return
     cluster.namespace(about.namespace)
     kind, name = chain[-1]
     item = workload(kind, name, about.namespace)
