@@ -53,6 +53,7 @@ from agent.sources.kubernetes import KubernetesSource
 from agent.sources.kubernetes_cache import Cache, Connection
 from agent.sources.prometheus import Prometheus, PrometheusSource
 from agent.store import Store
+from agent.systems import SystemsSeen
 from agent.telemetry import Telemetry
 from agent.topology import Discovery, load_topology
 from agent.tracing import Tracing, otlp_exporter
@@ -118,7 +119,7 @@ async def running(config: Config) -> AsyncIterator[App]:
             if config.kubernetes.enabled and config.kubernetes.evidence:
                 cache = Cache(_api_server(config), config.kubernetes.namespaces, nodes=config.kubernetes.nodes)
                 sources.append(KubernetesSource(await stack.enter_async_context(cache)))
-            discover = ask = None
+            discover = ask = systems = None
             expressions = Expressions()
             if config.prometheus.url:
                 prometheus = await stack.enter_async_context(
@@ -126,11 +127,15 @@ async def running(config: Config) -> AsyncIterator[App]:
                 )
                 sources.append(prometheus)
                 ask = prometheus.query_instant
+                systems = SystemsSeen(prometheus)
                 expressions = Expressions(rules_of(prometheus))
                 if config.topology.service_graph:
                     discover = Discovery(prometheus).topology
             situations = Situations(
-                config, NO_PACKS, sources, topology, discover, expressions=expressions, discovery=downstream.topology
+                *(config, NO_PACKS, sources, topology, discover),
+                expressions=expressions,
+                discovery=downstream.topology,
+                systems=systems,
             )
             verifier = SeriesVerifier(config, NO_PACKS, situations, store, telemetry, ask=ask)
             remediation = Remediation(config, Catalog(()), store, verifier, telemetry)

@@ -24,6 +24,7 @@ from agent.fold_state import State
 from agent.history import Archive
 from agent.sources import Budget, EvidenceRequest, Source, bounded, gather
 from agent.sources.kubernetes import EVIDENCE as OBJECTS
+from agent.systems import Systems
 from rules.anyalert import questions
 from rules.diagnose import moved
 from rules.expression import ExpressionError, read
@@ -64,6 +65,7 @@ class Situations:
     clock: Callable[[], float] = time.time
     expressions: Expressions = field(default_factory=Expressions)
     discovery: Dependency[Topology] = field(default_factory=lambda: Dependency("topology"))
+    systems: Systems | None = None  # which services have which of the metrics that packs go by; None: nobody says
     topology_state: str = field(default="static: what is configured", init=False)  # for people
     _known: Topology | None = field(default=None, init=False)
     _known_until: float = field(default=0.0, init=False)
@@ -132,7 +134,7 @@ class Situations:
         now = self.clock()
         about = await self._about(incident)
         topology = await self._topology(now)
-        request = self._request(about, topology, (min(start, now), now), names)
+        request = await self._request(about, topology, (min(start, now), now), names)
         evidence = await self._gather(about, request)
         return Situation(
             alerts=about.alerts,
@@ -168,7 +170,7 @@ class Situations:
         """The look with its evidence from `start` on, and with what the store holds of the same time before. Whether it
         reaches back is asked beside the evidence; all of it has one deadline and one budget."""
         began = time.monotonic()
-        request = self._request(about, look.topology, (start, look.until))
+        request = await self._request(about, look.topology, (start, look.until))
         archive = Archive.of(self.sources, self.config.prometheus.history_seconds)
         deploys = Deploys.of(self.sources, self.packs)
         seconds = self._seconds(about)
@@ -197,7 +199,7 @@ class Situations:
         seconds = self.config.prometheus.timeout_seconds
         return max(seconds - about.seconds, seconds / 2.0)
 
-    def _request(
+    async def _request(
         self, about: About, topology: Topology, window: tuple[float, float], names: Collection[str] | None = None
     ) -> EvidenceRequest:
         """What the packs ask of the services reachable from the entry and about the alerts, `names` only if given."""
@@ -214,6 +216,9 @@ class Situations:
             queries.append(EvidenceQuery(name=OBJECTS, query="", source="kubernetes"))
         if names is None:
             queries += [q for alert in about.alerts[:1] for q in owner_queries(entry, alert.labels)]
+        beyond = await self._beyond(about, topology, services) if entry and not kind_of(entry) else ()
+        scopes = {q.name: of for q, of in beyond if names is None or q.name in names}
+        queries += [q for q, _ in beyond if q.name in scopes]
         if self.packs.fallback_causes:
             queries += [q for q in _questions(about) if names is None or q.name in names]
         return EvidenceRequest(
@@ -224,6 +229,7 @@ class Situations:
             step=self.config.prometheus.step_seconds,
             tenant=about.tenant,
             alerts=tuple(dict(alert.labels) for alert in about.alerts),
+            scopes=scopes,
         )
 
     async def _gather(self, about: About, request: EvidenceRequest) -> tuple[Evidence, ...]:
@@ -231,6 +237,19 @@ class Situations:
         budget = Budget(limits.max_queries, limits.max_series, limits.max_samples)
         evidence = await gather(self.sources, request, self._seconds(about), budget)
         return (*evidence, *_expressions(about))
+
+    async def _beyond(
+        self, about: About, topology: Topology, services: Collection[str]
+    ) -> tuple[tuple[EvidenceQuery, tuple[str, ...]], ...]:
+        """What is asked of the systems among these services, and of the hosts below them; whatever the alert."""
+        if self.systems is None or not services or not self.packs.reached_by:
+            return ()
+        known = await self.systems(self.packs.reached_by, self.config.prometheus.timeout_seconds / 3.0)
+        has = {service: set(known[service]) for service in services if service in known}
+        for caller, callee in topology.edges:
+            if caller in has and topology.kinds.get(callee) == "host":
+                has.setdefault(callee, set()).update(has[caller])
+        return self.packs.asked_beyond(about.causes, has)
 
     async def _topology(self, now: float) -> Topology:
         discover = self.discover

@@ -24,8 +24,7 @@ from rules.explaining import Explained, explained
 from rules.features import WEAK, findings_of
 from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
 from rules.owners import parts
-from rules.packs import Cause, Likelihood, PackSet, ProposalTemplate, Reference
-from rules.subjects import causes_named
+from rules.packs import REACHED, Cause, Likelihood, PackSet, ProposalTemplate, Reference
 
 CLEAR_POSTERIOR = 0.5  # more likely than everything else together
 CLEAR_MARGIN = 0.15
@@ -141,12 +140,25 @@ def weigh(observer: Observer) -> tuple[Candidate, ...]:
     """
     packs = observer.packs
     fired = _fire(observer, compiled(packs)[1])
-    named = causes_named(observer.situation, packs.alerts)
-    known = frozenset(packs.causes) - (packs.alert_causes - named)
+    known = frozenset(packs.causes) - (packs.alert_causes - observer.named) | _reached(observer)
     specific = _weighed(observer, known - packs.fallback_causes, *fired)
     if not packs.fallback_causes or math.fsum(c.posterior for c in specific) > NAMED_AT_ALL:
         return specific
     return _weighed(observer, known, *fired)
+
+
+def _reached(observer: Observer) -> frozenset[str]:
+    """The causes that no alert here names, of what services on a path have: those whose evidence was looked at."""
+    packs = observer.packs
+    seen = {f.group for f in observer.findings if f.bad}
+    return frozenset(c for c in packs.reachable_causes - observer.named if seen.intersection(packs.causes[c].needs))
+
+
+def _prior(observer: Observer, model: Model, row: int) -> float:
+    """Log-odds before any evidence; of a cause that is reached along a path, less than where an alert names it."""
+    cause = model.causes[row]
+    reached = cause in observer.packs.alert_causes and cause not in observer.named
+    return float(model.prior[row]) + (math.log(REACHED) if reached else 0.0)
 
 
 def _weighed(
@@ -175,7 +187,8 @@ def _weighed(
     named = [(service, model.causes[row]) for service, row in pairs]
     explains = explained(observer, named, evidence.tolist(), speaking.tolist())
     gains = np.array([explains[i].nats if i in explains else 0.0 for i in range(len(pairs))])
-    log_odds = model.prior[rows] + symptom + boosts + evidence + gains
+    priors = np.array([_prior(observer, model, row) for _, row in pairs])
+    log_odds = priors + symptom + boosts + evidence + gains
     chosen = np.flatnonzero(speaking)
     leads = _leads(observer, model, pairs, parts, chosen.tolist())
     for i, lead in leads.items():
@@ -253,7 +266,7 @@ def contributions_of(candidate: Candidate, observer: Observer) -> tuple[Contribu
         text = f"nothing is wrong at {observer.graph.entry} itself"
         found.append(Contribution(evidence="symptom", state="absent", log_odds=SYMPTOM_ABSENT, text=text))
     found.sort(key=lambda c: (-abs(c.log_odds), c.evidence))
-    prior = float(model.prior[model.causes.index(candidate.cause)])
+    prior = _prior(observer, model, model.causes.index(candidate.cause))
     text = "how often this is the cause, before any evidence"
     return (*found, Contribution(evidence="prior", state="prior", log_odds=prior, text=text))
 

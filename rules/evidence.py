@@ -17,6 +17,7 @@ from rules.features import Finding
 from rules.model import Fact, Situation
 from rules.owners import Owners
 from rules.packs import Condition, FactTest, PackSet, Scalar, Signal, State
+from rules.subjects import causes_named
 
 SUSPICION_HALVES_SECONDS = 60.0  # a neighbour hurts at once: the earlier it began, the less likely it is the one
 RECENCY_HALVES_SECONDS = 600.0  # of changes
@@ -62,6 +63,11 @@ class Observer:
     def owners(self) -> Owners:
         """Which Kubernetes objects stand above what the situation is about."""
         return Owners(self.situation)
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """The causes that the packs name for the situation's alerts."""
+        return causes_named(self.situation, self.packs.alerts)
 
     def observe(self, service: str, group: str, at: str = "self") -> Observation:
         """The state of `group`, looked at `at` the node `service`."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rules.model import BoolArray, Evidence, FloatArray, Frame, SeriesId, Situation
 from rules.packs import PackSet, Signal, State
 from rules.seasons import against, aligned, expectation, pasts_of
-from rules.subjects import SUBJECT, node_name
+from rules.subjects import SUBJECT, causes_named, node_name
 
 WEAK = 3.0
 STRONG = 6.0
@@ -112,6 +112,7 @@ def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
     """All findings, ordered by series name. A series that comes twice counts once, the first wins."""
     found: dict[SeriesId, Finding] = {}
     measured = []
+    about = packs.groups_of(causes_named(situation, packs.alerts))
     days = [(past, frames_of(past.evidence, packs)) for past in pasts_of(situation)]
     known: set[str] = set()  # services of which anything was seen before the onset
     for frame in frames_of(situation.evidence, packs):
@@ -124,7 +125,7 @@ def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
         features.based[:] &= features.sampled | np.array([s.service in known for s in frame.ids], dtype=bool)
         for i, (series, signal) in enumerate(zip(frame.ids, signals, strict=True)):
             if series not in found:
-                found[series] = finding_of(series, signal, features, i, _node(series, signal, situation.entry))
+                found[series] = finding_of(series, signal, features, i, _node(series, signal, situation.entry, about))
     deaf = {f.service for f in found.values() if packs.signals[f.signal].kind == "up" and _unreachable(f)}
     return tuple(_heard(found[s], packs, deaf) for s in sorted(found, key=lambda s: (s.metric, s.labels)))
 
@@ -343,12 +344,13 @@ def _onset(
     return np.where(lasting.any(axis=1), times[first] if times.shape[0] else np.nan, np.nan)
 
 
-def _node(series: SeriesId, signal: Signal, entry: str) -> str:
-    """The node that a series describes: its service, what the alert is about, or the entity that its labels name."""
+def _node(series: SeriesId, signal: Signal, entry: str, about: frozenset[str]) -> str:
+    """The node that a series describes: its service, what the alert is about, or the entity that its labels name.
+    Groups that no cause of the alert looks at (`about` are those that one does) were asked of services."""
     if not signal.node:
         return series.service
     if signal.node == SUBJECT:
-        return entry
+        return series.service if series.service and signal.group not in about else entry
     return node_name(signal.node, dict(series.labels)) or entry
 
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+from rules.faults import Fault as Fault
+from rules.faults import PackError as PackError
 from rules.subjects import ENTITIES, SUBJECT, fault_of
 
 SignalKind = Literal["latency", "error_ratio", "rate", "saturation", "level", "count", "up", "age", "flag"]
@@ -36,7 +38,10 @@ REFERENCE = re.compile(
     r"(candidate\.service|candidate\.entry|fact\.[a-z_]+|label\.[a-zA-Z_][a-zA-Z0-9_]*|alert\.[a-zA-Z_][a-zA-Z0-9_]*"
     r"|owner\.(kind|namespace|name|node))"
 )
+REACHED = 0.5  # so likely is a cause that is reached along a path, against one that the alert's own metrics name
+_OF_ALERT = re.compile(r"\$alert\([^()]*\)")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_METRIC = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 
 
@@ -191,11 +196,15 @@ class Cause(_Strict, frozen=True, kw_only=True):
 class AlertEntry(_Strict, frozen=True, kw_only=True):
     """What is known about one alert: its possible causes and what it is about. Its key is the alert's name, or
     `name/severity`; with `metrics` (globs) it also stands for every alert that no name matches and whose expression
-    reads such a metric. A cause that any entry names is a candidate only for alerts whose entry names it."""
+    reads such a metric. A cause that any entry names is a candidate only for alerts whose entry names it; with
+    `reached_by` (names of metrics), whatever the alert, also at each service on a path that has one of these metrics,
+    REACHED times as likely before any evidence: its queries are then asked of services, `$scope` in the place of
+    `$alert(...)`, those of them that group by `$service`."""
 
     causes: tuple[str, ...]
     subject: str = ""  # entity kind; "": the most specific one that the alert's labels name
     metrics: tuple[str, ...] = ()
+    reached_by: tuple[str, ...] = ()
 
 
 class Pattern(_Strict, frozen=True, kw_only=True):
@@ -237,31 +246,6 @@ class Pack(_Strict, frozen=True, kw_only=True):
     groups: dict[str, Group] = {}
     causes: dict[str, Cause] = {}
     rules: dict[str, Rule] = {}
-
-
-class Fault(msgspec.Struct, frozen=True):
-    """One thing wrong with a pack. `path` are the keys down to it; `line` counts from 1, 0: not known."""
-
-    path: tuple[str | int, ...]
-    reason: str
-    line: int = 0
-
-    @property
-    def key(self) -> str:
-        return ".".join(str(p) for p in self.path) or "(top level)"
-
-    def __str__(self) -> str:
-        at = f"line {self.line}: " if self.line else ""
-        return f"{self.key}: {at}{self.reason}"
-
-
-class PackError(ValueError):
-    """A pack (or the set of them) is refused; `faults` are all that was found."""
-
-    def __init__(self, where: str, faults: Iterable[Fault]) -> None:
-        self.where = where
-        self.faults = tuple(faults)
-        super().__init__("\n".join(f"{where}: {fault}" for fault in self.faults))
 
 
 def parse_pack(data: object, where: str) -> Pack:
@@ -315,8 +299,35 @@ class PackSet:
     def asked(self, causes: Collection[str]) -> tuple[EvidenceQuery, ...]:
         """What of `queries()` an incident asks whose alerts name `causes`: all that is asked of services, and of what
         is asked by an alert's labels, that which evidence of these causes looks at."""
-        groups = {line.group for name in causes for line in self.causes[name].evidence}
+        groups = self.groups_of(causes)
         return tuple(q for q in self.queries() if "$alert(" not in q.query or self.signals[q.name].group in groups)
+
+    def asked_beyond(
+        self, causes: Collection[str], has: Mapping[str, Collection[str]]
+    ) -> tuple[tuple[EvidenceQuery, tuple[str, ...]], ...]:
+        """What is asked besides, and of which services: `has` are the metrics of `reached_by` that a service has."""
+        known = self.groups_of(causes)
+        groups = {service: self.groups_of(self.reached(metrics)) for service, metrics in has.items()}
+        found = []
+        for q in self.queries():
+            if "$alert(" not in q.query or "$service" not in q.query or self.signals[q.name].group in known:
+                continue
+            group = self.signals[q.name].group
+            services = tuple(sorted(service for service, looked_at in groups.items() if group in looked_at))
+            if services:
+                found.append((msgspec.structs.replace(q, query=_OF_ALERT.sub("$scope", q.query)), services))
+        return tuple(found)
+
+    def groups_of(self, causes: Collection[str]) -> frozenset[str]:
+        """The groups that evidence of these causes looks at."""
+        return frozenset(line.group for name in causes for line in self.causes[name].evidence)
+
+    def reached(self, metrics: Collection[str]) -> frozenset[str]:
+        """The causes that services which have these metrics are reached for."""
+        has = set(metrics)
+        return frozenset(
+            c for entry in self.alerts.values() if has.intersection(entry.reached_by) for c in entry.causes
+        )
 
     @cached_property
     def alerts(self) -> dict[str, AlertEntry]:
@@ -326,6 +337,15 @@ class PackSet:
     def alert_causes(self) -> frozenset[str]:
         """Causes that some alert names: candidates for those alerts alone."""
         return frozenset(cause for entry in self.alerts.values() for cause in entry.causes)
+
+    @cached_property
+    def reached_by(self) -> tuple[str, ...]:
+        """Every metric that services are reached by."""
+        return tuple(sorted({metric for entry in self.alerts.values() for metric in entry.reached_by}))
+
+    @cached_property
+    def reachable_causes(self) -> frozenset[str]:
+        return self.reached(self.reached_by)
 
     @cached_property
     def fallback_causes(self) -> frozenset[str]:
@@ -427,6 +447,9 @@ def _check_pack(pack: Pack, faults: list[Fault]) -> None:
     for name, entry in pack.alerts.items():
         if entry.subject and entry.subject not in ENTITIES:
             faults.append(Fault(("alerts", name, "subject"), f"unknown entity; known: {', '.join(sorted(ENTITIES))}"))
+        for i, metric in enumerate(entry.reached_by):
+            if not _METRIC.fullmatch(metric):
+                faults.append(Fault(("alerts", name, "reached_by", i), "is no name of a metric"))
         if not entry.causes:
             faults.append(Fault(("alerts", name, "causes"), "names no cause"))
     for table in ("queries", "signals", "groups", "causes", "rules"):

@@ -122,6 +122,7 @@ async def _around(config: Config, packs: PackSet, alerts: tuple[Alert, ...], now
     from agent.expressions import Expressions, rules_of
     from agent.situation import Situations
     from agent.sources.prometheus import PrometheusSource
+    from agent.systems import SystemsSeen
     from agent.topology import Discovery, load_topology
 
     try:
@@ -135,6 +136,7 @@ async def _around(config: Config, packs: PackSet, alerts: tuple[Alert, ...], now
         situations = Situations(
             config, packs, sources, load_topology(config), discover, clock=lambda: now, expressions=expressions
         )
+        situations.systems = SystemsSeen(prometheus, at=now)
         return await situations.around(alerts, alerts[0].tenant)
 
 

@@ -87,6 +87,7 @@ async def _look(
     from agent.situation import Situations
     from agent.sources.host import HostSource
     from agent.sources.prometheus import PrometheusSource
+    from agent.systems import SystemsSeen
     from agent.topology import Discovery, load_topology
 
     host: Source = HostSource(config.inventory_strings) if now - until <= FRESH_SECONDS else _Past()
@@ -100,6 +101,7 @@ async def _look(
             discover,
             clock=lambda: until,
             expressions=Expressions(rules_of(prometheus)),
+            systems=SystemsSeen(prometheus, at=until),
         )
         return await situations.of(incident, state)
 

@@ -15,7 +15,7 @@ import asyncio
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rules.model import Evidence, Frame
@@ -48,9 +48,9 @@ class Query(Protocol):
 class EvidenceRequest:
     """What is asked of the sources about one incident.
 
-    `start`, `end`: unix seconds, both ends included; `step`: seconds between points. `services` bound `$scope`, the
-    labels of `alerts` `$alert(...)`; `tenant` is the tenant of the incident. Raises ValueError for a window that is
-    not one.
+    `start`, `end`: unix seconds, both ends included; `step`: seconds between points. `services` bound `$scope`
+    (`scopes` that of single queries, by name), the labels of `alerts` `$alert(...)`; `tenant` is the tenant of the
+    incident. Raises ValueError for a window that is not one.
     """
 
     queries: tuple[Query, ...]
@@ -60,6 +60,7 @@ class EvidenceRequest:
     step: float = 30.0
     tenant: str = ""
     alerts: tuple[Mapping[str, str], ...] = ()
+    scopes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(x) for x in (self.start, self.end, self.step)):

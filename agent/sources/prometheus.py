@@ -177,7 +177,8 @@ class PrometheusSource:
         began = loop.time()
         text = query.query
         try:
-            text = render(query.query, self.config.service_label, request.services, self.config.rate, request.alerts)
+            scope = request.scopes.get(query.name, request.services)
+            text = render(query.query, self.config.service_label, scope, self.config.rate, request.alerts)
             grid = Grid.over(request.start, request.end, request.step)
             answer = await self._range(text, grid, query.name, due, request.tenant)
         except (TemplateError, QueryError) as error:

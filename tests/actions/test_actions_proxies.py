@@ -29,6 +29,7 @@ from actions_servers import (
 )  # fmt: skip
 
 from actions.model import Plan, Refusal
+from agent.packs import load_packs
 
 NGINX = """
 {user}pid {dir}/pid;
@@ -269,6 +270,7 @@ defaults
     timeout server 5s
 frontend web
     bind 127.0.0.1:{port}
+    http-request use-service prometheus-exporter if {{ path /metrics }}
     default_backend shop
 backend shop
     server one 127.0.0.1:{a}
@@ -321,6 +323,15 @@ def haproxy(program: Callable[..., str], nginx_server: Nginx) -> Iterator[Haprox
         argv = [binary, "-W", "-f", made.conf, "-p", home / "pid"]
         with running(argv, lambda: (home / "pid").exists() and listens(made.port), log=home / "log"):
             yield made
+
+
+def test_what_the_packs_read_is_what_haproxy_says(haproxy: Haproxy) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{haproxy.port}/metrics", timeout=10) as answer:
+        names = set(re.findall(r"(?m)^(haproxy_[a-z_]+)", answer.read().decode()))
+    pack = next(pack for pack in load_packs().packs if pack.pack == "web-server")
+    read = {name for query in pack.queries.values() for name in re.findall(r"haproxy_[a-z_]+(?={)", query)}
+    assert len(read) >= 6
+    assert read | set(pack.alerts["proxy"].reached_by) <= names
 
 
 async def test_a_server_is_drained_and_made_ready_again(haproxy: Haproxy) -> None:

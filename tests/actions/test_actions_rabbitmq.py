@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,12 @@ from actions_servers import (
     running,
     with_option,
 )
+from conftest import wait_until
 
 from actions.model import Plan, Refusal
+from agent.packs import load_packs
 
+RABBITMQ = next(pack for pack in load_packs().packs if pack.pack == "rabbitmq")
 SECRETS = {"RABBITMQ_PASSWORD": "guest"}
 
 
@@ -33,6 +38,7 @@ SECRETS = {"RABBITMQ_PASSWORD": "guest"}
 class Rabbit:
     port: int
     channel: Any
+    metrics: str = ""  # where its own exporter answers
 
     @property
     def entry(self) -> dict[str, str]:
@@ -62,8 +68,11 @@ def broker(program: Callable[..., str]) -> Iterator[Rabbit]:
     program("rabbitmq-server")
     server = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one on PATH changes the user
     with directory("rabbit") as home:
-        port, dist, epmd = free_port(), free_port(), free_port()
-        (home / "conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\ndisk_free_limit.absolute = 1MB\n")
+        port, dist, epmd, exporter = free_port(), free_port(), free_port(), free_port()
+        (home / "conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{port}\ndisk_free_limit.absolute = 1MB\ncollect_statistics_interval = 200\n"
+            f"prometheus.tcp.ip = 127.0.0.1\nprometheus.tcp.port = {exporter}\n"
+        )
         env = {
             "HOME": str(home), "RABBITMQ_NODENAME": f"am{os.getpid()}@localhost",
             "RABBITMQ_MNESIA_BASE": f"{home}/db",
@@ -73,7 +82,7 @@ def broker(program: Callable[..., str]) -> Iterator[Rabbit]:
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{home}/plugins",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
         }  # fmt: skip
-        (home / "plugins").write_text("[].\n")
+        (home / "plugins").write_text("[rabbitmq_prometheus].\n")
         try:
             with running([server], lambda: listens(port), env=env, log=home / "out", seconds=90):
                 connection = pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", port))
@@ -82,7 +91,7 @@ def broker(program: Callable[..., str]) -> Iterator[Rabbit]:
                 dying = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}
                 for queue in ("orders", "gone"):
                     channel.queue_declare(queue, durable=True, arguments=dying)
-                yield Rabbit(port, channel)
+                yield Rabbit(port, channel, f"http://127.0.0.1:{exporter}/metrics/per-object")
                 connection.close()
         finally:
             subprocess.run(["epmd", "-port", str(epmd), "-kill"], capture_output=True, check=False)
@@ -149,3 +158,27 @@ async def test_a_wrong_password_or_queue_plans_nothing(rabbit: Rabbit) -> None:
     made = await plan_for("rabbitmq.replay_dead_letters", rabbit.entry, SECRETS)
     gone = with_option(made.steps[0].check, url=f"amqp://guest@127.0.0.1:{free_port()}")
     assert (await do(gone, made.steps[0], SECRETS)).exit_code == 94
+
+
+def test_what_the_packs_read_is_what_its_own_exporter_says(rabbit: Rabbit) -> None:
+    """Each signal has a name that the broker exports, once there is a queue with something of everything; but for
+    peers that cannot be reached, which only newer versions tell."""
+    rabbit.channel.basic_publish("", "orders", b"again")
+    method, _, _ = rabbit.channel.basic_get("orders")
+    rabbit.channel.basic_nack(method.delivery_tag, requeue=True)
+    rabbit.channel.basic_get("orders")
+    queries = {n: q for n, q in RABBITMQ.queries.items() if "rabbitmq_" in q.replace("rabbitmq.*", "")}
+    del queries["rabbitmq_unreachable_peers"]
+    unknown = dict(queries)
+
+    def all_known() -> bool:
+        rabbit.channel.connection.process_data_events(0)
+        with urllib.request.urlopen(rabbit.metrics, timeout=10) as answer:
+            names = set(re.findall(r"(?m)^(rabbitmq_[a-z_]+)", answer.read().decode()))
+        for name in list(unknown):
+            if names & set(re.findall(r"rabbitmq_[a-z_]+(?={)", queries[name])):
+                del unknown[name]
+        return not unknown and any(mark in names for mark in RABBITMQ.alerts["rabbitmq"].reached_by)
+
+    wait_until(all_known)
+    assert len(queries) >= 8

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from anyalert_world import Scenario, Server, backfill, entry, rules, start, systems
+from dependency_world import Depends, depending
+from dependency_world import backfill as backfill_depending
 
 PER_ALERT = 2  # causes that `make test` simulates for each alert of its subset
 
@@ -53,6 +55,26 @@ def prometheus(
 ) -> Iterator[Server]:
     where = tmp_path_factory.mktemp("anyalert")
     data = backfill(program("promtool", "prometheus"), where, simulated, any_at)
+    server = start(program("prometheus", "prometheus"), where, data)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def dependencies(volume: bool, any_at: float) -> list[Depends]:
+    return depending(volume, any_at)
+
+
+@pytest.fixture(scope="session")
+def below(
+    tmp_path_factory: pytest.TempPathFactory, dependencies: list[Depends], program: Callable[[str, str], str]
+) -> Iterator[Server]:
+    """A Prometheus with services that depend on systems of every kind."""
+    where = tmp_path_factory.mktemp("below")
+    data = backfill_depending(program("promtool", "prometheus"), where, dependencies)
     server = start(program("prometheus", "prometheus"), where, data)
     try:
         yield server
