@@ -10,7 +10,7 @@ repeated name in an object, an unpaired surrogate and NUL are reported, never re
 
 Nearly every body is as Alertmanager writes it. `usual_payload` decodes it into typed structs that hold the bounds; what
 is left to check are the times, and names that are repeated: then there are more quotation marks than the strings which
-were decoded have. Such a body is journalled as it came, and `usual_alert` makes the alerts of it when it is folded.
+were decoded have. Such a body is journalled as it came, and `usual_alerts` makes the alerts of it when it is folded.
 Whatever is unusual in any way is read by `parse_payload`, field by field, and only that knows reasons; a test compares.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -45,7 +46,8 @@ _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _ZERO_TEXT = "0001-01-01T00:00:00Z"  # Go's zero time
 _ZERO_TIME = -62135596800.0
 _LATEST = 253402300800.0  # 10000-01-01T00:00:00Z
-_encode_state = msgspec.json.Encoder(order="deterministic").encode
+_state_encoder = msgspec.json.Encoder(order="deterministic")
+_encode_state, _encode_state_into = _state_encoder.encode, _state_encoder.encode_into
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,16 +271,18 @@ def usual_payload(body: bytes) -> UsualPayload | None:
     `parse_payload` decides. A fifth of its price: this is the hot path."""
     try:
         sent = decode_usual(body)
-        if not body.isascii():
-            body.decode()  # also the fields that were skipped are text
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     strings = 2 * (len(sent.groupLabels) + len(sent.commonLabels) + len(sent.commonAnnotations)) + _PAYLOAD_STRINGS
+    strings += _ALERT_STRINGS * len(sent.alerts)
+    before = ""
     try:
         for entry in sent.alerts:
-            strings += 2 * (len(entry.labels) + len(entry.annotations)) + _ALERT_STRINGS
-            if not 0 <= parse_time(entry.startsAt) < _LATEST:
-                return None
+            strings += 2 * (len(entry.labels) + len(entry.annotations))
+            if (starts_at := entry.startsAt) != before:  # many of a group began together
+                if not 0 <= parse_time(starts_at) < _LATEST:
+                    return None
+                before = starts_at
             if entry.endsAt != _ZERO_TEXT if entry.status == "firing" else not 0 <= parse_time(entry.endsAt) < _LATEST:
                 return None
     except ValueError:
@@ -289,6 +293,7 @@ def usual_payload(body: bytes) -> UsualPayload | None:
     # Names that are unknown here (every release adds some) have quotation marks too: then the slower count decides.
     if body.count(b'"') - escapes.count(b'\\"') != 2 * strings:
         try:
+            body.decode()  # also the fields that were skipped are text
             if _repeats(body, orjson.loads(body)):
                 return None
         except ValueError:
@@ -303,19 +308,28 @@ def usual_digest(entry: UsualAlert) -> str:
     return blake2b(state, digest_size=16).hexdigest()
 
 
-def usual_alert(entry: UsualAlert, tenant: str) -> Alert:
-    """The alert that `parse_payload` would make of it."""
-    return Alert(
-        tenant=tenant,
-        fingerprint=entry.fingerprint,
-        status=entry.status,
-        labels=entry.labels,
-        annotations=entry.annotations,
-        starts_at=parse_time(entry.startsAt),
-        ends_at=parse_time(entry.endsAt) if entry.status == "resolved" else None,
-        generator_url=entry.generatorURL,
-        digest=usual_digest(entry),
-    )
+def usual_alerts(entries: Iterable[UsualAlert], tenant: str) -> tuple[Alert, ...]:
+    """The alerts that `parse_payload` would make of them."""
+    made = []
+    text = bytearray(1024)  # reused: the encoder would find a new one for each
+    for entry in entries:
+        status, labels, annotations, starts_at = entry.status, entry.labels, entry.annotations, entry.startsAt
+        ends_at = entry.endsAt if status == "resolved" else ""
+        _encode_state_into((status, starts_at, ends_at, labels, annotations), text)
+        made.append(
+            Alert(
+                tenant=tenant,
+                fingerprint=entry.fingerprint,
+                status=status,
+                labels=labels,
+                annotations=annotations,
+                starts_at=parse_time(starts_at),
+                ends_at=parse_time(ends_at) if ends_at else None,
+                generator_url=entry.generatorURL,
+                digest=blake2b(text, digest_size=16).hexdigest(),
+            )
+        )
+    return tuple(made)
 
 
 def _payload(document: Any, tenant: str, bounds: Bounds, *, odd: bool) -> Payload:

@@ -29,6 +29,9 @@ from rules.model import Alert
 
 T = TypeVar("T")
 MAX_NAMES = 100  # group keys, symptoms and services of one incident
+_NO_ALERTS: dict[str, Alert] = {}
+_NO_FRESH: dict[str, int] = {}
+_NO_TOLD: list[tuple[Alert, str]] = []
 
 
 class Merge:
@@ -46,41 +49,52 @@ class Merge:
         self.reopened: list[str] = []
 
     def run(self) -> Changes:
-        record, state = self.record, self.state
+        """The hot path: what consecutive alerts of one incident share is looked up once."""
+        record, state, seq = self.record, self.state, self.seq
         at, tenant, label, digests = record.at, record.tenant, state.policy.service_label, state.digests
         if at > state.now:
             state.now = at
+        current: Incident | None = None  # the previous alert's, whose containers these are:
+        id, alerts, fresh, told = "", _NO_ALERTS, _NO_FRESH, _NO_TOLD
+        indexed = self.indexed
+        indexed_name: str | None = None
+        indexed_service: str | None = None
         for alert in record.alerts:
-            labels, fingerprint = alert.labels, alert.fingerprint
+            labels, fingerprint, status = alert.labels, alert.fingerprint, alert.status
             service = labels.get(label, "")
+            key = (tenant, fingerprint)
             # popped and set again it is the newest, so that forgetting goes from the front
-            known = digests.pop((tenant, fingerprint), None)
+            known = digests.pop(key, None)
             incident: Incident | None
-            if alert.status == "resolved":
+            firing = status == "firing"
+            if not firing:
                 incident = self._resolved(alert, service, known)
+            elif known is None and self.group is not None:
+                incident = self.group  # most follow the first one of their group; what they would do to it is done
             else:
-                # Most follow the first one of their group; what they would do to its incident is done.
-                incident = (
-                    self.group if known is None and self.group is not None else self._firing(alert, service, known)
-                )
-                if (name := (incident.id, labels.get("alertname", ""), service)) not in self.indexed:
-                    self.indexed.add(name)
-                    self._index(incident, name[1], service)
-                if fingerprint in incident.fresh or len(incident.fresh) < MAX_ALERTS:
-                    incident.fresh[fingerprint] = self.seq
+                incident = self._firing(alert, service, known)
             if incident is None:
-                digests[tenant, fingerprint] = Current(alert.digest, alert.status, at, "")
+                digests[key] = Current(alert.digest, status, at, "")
                 continue
-            id, alerts = incident.id, incident.alerts
-            digests[tenant, fingerprint] = Current(alert.digest, alert.status, at, id)
-            if fingerprint in alerts or len(alerts) < MAX_ALERTS:
+            if incident is not current:
+                current, id, alerts, fresh = incident, incident.id, incident.alerts, incident.fresh
+                told = self.alerts.setdefault(id, [])
+                indexed_name = indexed_service = None
+            if firing:
+                name = labels.get("alertname", "")
+                if name != indexed_name or service != indexed_service:
+                    indexed_name, indexed_service = name, service
+                    if (id, name, service) not in indexed:
+                        indexed.add((id, name, service))
+                        self._index(incident, name, service)
+                if len(fresh) < MAX_ALERTS or fingerprint in fresh:
+                    fresh[fingerprint] = seq
+            digests[key] = Current(alert.digest, status, at, id)
+            if len(alerts) < MAX_ALERTS or fingerprint in alerts:
                 alerts[fingerprint] = alert
             else:
                 incident.alerts_dropped += 1
-            if id in self.alerts:
-                self.alerts[id].append((alert, service))
-            else:
-                self.alerts[id] = [(alert, service)]
+            told.append((alert, service))
         return self._told()
 
     def _told(self) -> Changes:

@@ -58,8 +58,8 @@ def alert_words(alert: Alert, service: str) -> str:
 
 def alerts_received(alerts: Sequence[tuple[Alert, str]], how: str, truncated: int) -> str:
     """`alerts` are (alert, service); `how` says what they did to the incident ("opened the incident", ...)."""
-    firing = [a for a in alerts if a[0].status == "firing"]
-    resolved = [a for a in alerts if a[0].status == "resolved"] if len(firing) < len(alerts) else []
+    resolved = [a for a in alerts if a[0].status == "resolved"]
+    firing = [a for a in alerts if a[0].status == "firing"] if resolved else alerts
     parts = [f"{_alert_list(firing)} firing"] if firing else []
     if resolved:
         parts.append(f"{_alert_list(resolved)} resolved, says the sender (the series must confirm it)")
@@ -72,7 +72,13 @@ def alerts_received(alerts: Sequence[tuple[Alert, str]], how: str, truncated: in
 
 
 def _alert_list(alerts: Sequence[tuple[Alert, str]]) -> str:
-    return _list([alert_words(a, s) for a, s in alerts[:NAMED]], len(alerts))
+    names: list[str] = []
+    before: tuple[str, str] | None = None
+    for alert, service in alerts[:NAMED]:  # of a group, most have the words of the one before
+        told = (alert.labels.get("alertname") or alert.fingerprint, service)
+        names.append(names[-1] if told == before else alert_words(alert, service))
+        before = told
+    return _list(names, len(alerts))
 
 
 def _list(names: Sequence[str], count: int = 0) -> str:

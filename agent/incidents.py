@@ -16,7 +16,7 @@ from actions.model import STEP_FINAL, IllegalMove, Refusal, StepState
 from actions.model import check_move as check_step_move
 from agent import fold_changes, fold_learning
 from agent import fold_story as story
-from agent.alerts import decode_usual, usual_alert
+from agent.alerts import UsualPayload, decode_usual, usual_alerts
 from agent.fold_changes import ChangeTold
 from agent.fold_gateway import ChannelMoved, GatewayCompared, GatewayJudged
 from agent.fold_merge import Merge
@@ -106,22 +106,23 @@ PLAN_STANDS = frozenset(
 )  # moves that leave a plan as it is
 
 
-def apply(state: State, stored: Stored) -> Changes:
-    """Fold one record into `state`. Raises IllegalMove on a move outside the tables and ValueError on a sequence number
-    that is not the next one: both are bugs, `check` keeps them out of the journal."""
+def apply(state: State, stored: Stored, sent: UsualPayload | None = None) -> Changes:
+    """Fold one record into `state`. `sent`: what the body of a `PayloadReceived` says, where that is at hand. Raises
+    IllegalMove on a move outside the tables and ValueError on a sequence number that is not the next one: both are
+    bugs, `check` keeps them out of the journal."""
     if stored.seq != state.seq + 1:
         raise ValueError(f"fold: record {stored.seq} after {state.seq}, expected {state.seq + 1}")
-    changes = _apply(state, stored.seq, stored.record)
+    changes = _apply(state, stored.seq, stored.record, sent)
     state.seq = stored.seq
     if stored.seq % FORGET_EVERY == 0:
         state.forget()
     return changes
 
 
-def _apply(state: State, seq: int, record: Record) -> Changes:
+def _apply(state: State, seq: int, record: Record, sent: UsualPayload | None) -> Changes:
     match record:
         case PayloadReceived():
-            return Merge(state, seq, read_received(record)).run()
+            return Merge(state, seq, read_received(record, sent)).run()
         case AlertsReceived():
             return Merge(state, seq, record).run()
         case IncidentMoved():
@@ -186,18 +187,21 @@ def _apply(state: State, seq: int, record: Record) -> Changes:
             assert_never(record)
 
 
-def read_received(record: PayloadReceived) -> AlertsReceived:
-    """What the journalled body says, without the alerts that were known already. Raises ValueError when it cannot be
-    read, which intake has made sure of."""
-    sent, known = decode_usual(record.body), record.known
+def read_received(record: PayloadReceived, sent: UsualPayload | None = None) -> AlertsReceived:
+    """What the journalled body says (`sent`, if that was kept), without the alerts that were known already. Raises
+    ValueError when it cannot be read, which intake has made sure of."""
+    known, tenant = record.known, record.tenant
+    if sent is None:
+        sent = decode_usual(record.body)
+    entries = [e for n, e in enumerate(sent.alerts) if n not in known] if known else sent.alerts
     return AlertsReceived(
         at=record.at,
-        tenant=record.tenant,
+        tenant=tenant,
         receiver=sent.receiver,
         group_key=sent.groupKey,
         group_labels=sent.groupLabels,
         external_url=sent.externalURL,
-        alerts=tuple([usual_alert(e, record.tenant) for n, e in enumerate(sent.alerts) if n not in known]),
+        alerts=usual_alerts(entries, tenant),
         truncated=sent.truncatedAlerts,
         traceparent=record.traceparent,
     )

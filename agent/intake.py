@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeVar
+from functools import partial
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -63,8 +64,7 @@ class Quarantined:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """What became of a request's alerts. `accepted` are durable now, `duplicates` were before."""
 
     accepted: int
@@ -83,25 +83,53 @@ class NothingGoodError(PayloadError):
 class _Append:
     """One request's records on their way to the disk."""
 
-    __slots__ = ("_alerts", "_body", "_states", "after", "digests", "done", "failure", "keys", "seq")
+    __slots__ = (
+        "_alerts",
+        "_body",
+        "_done",
+        "_states",
+        "after",
+        "digests",
+        "failure",
+        "finished",
+        "keys",
+        "overtaken",
+        "places",
+        "seq",
+    )
 
-    def __init__(self, alerts: Sequence[Alert] = (), body: bytes = b"") -> None:
+    def __init__(self, alerts: Sequence[Alert] = (), body: bytes = b"", keys: list[_Key] | None = None) -> None:
         self._alerts = alerts
         self._body = body  # instead of `alerts`
         self._states: list[str] = []
+        self._done: asyncio.Event | None = None  # as soon as anybody waits
         self.seq = 0  # of its newest record, once that is durable
-        self.keys: list[_Key] = []  # alerts, by (tenant, fingerprint)
+        self.keys: list[_Key] = keys or []  # alerts, by (tenant, fingerprint)
+        self.places: dict[_Key, int] | None = None  # where among the request's alerts; None: as in `keys`
+        self.overtaken = False  # a later request took over some of the keys
         self.digests: list[_Key] = []  # quarantine records, by (tenant, digest)
         self.after: set[_Append] = set()  # appends that this request's duplicates rest on
         self.failure = ""
-        self.done = asyncio.Event()
+        self.finished = False
 
-    def state(self, index: int) -> str:
-        """Digest of one of the request's alerts. Nearly nobody asks: the same alert has to come again meanwhile."""
+    def finish(self) -> None:
+        self.finished = True
+        if self._done is not None:
+            self._done.set()
+
+    async def wait(self) -> None:
+        """Returns when it is finished, durable or not."""
+        if not self.finished:
+            if self._done is None:
+                self._done = asyncio.Event()
+            await self._done.wait()
+
+    def state(self, key: _Key) -> str:
+        """Digest of the request's newest alert with that key. Nearly nobody asks: it has to come again meanwhile."""
         if not self._states:
             usual = decode_usual(self._body).alerts if self._body else ()
             self._states = [usual_digest(entry) for entry in usual] or [alert.digest for alert in self._alerts]
-        return self._states[index]
+        return self._states[self.keys.index(key) if self.places is None else self.places[key]]
 
 
 class Intake:
@@ -123,8 +151,7 @@ class Intake:
         self._max_bytes = max_bytes
         self.requests = 0  # being handled
         self.bytes = 0  # of bodies being held
-        # newest state under way, by (tenant, fingerprint): which alert of which request
-        self._pending: dict[_Key, tuple[_Append, int]] = {}
+        self._pending: dict[_Key, _Append] = {}  # which request brings the newest state under way
         self._finished: deque[_Append] = deque()  # durable and perhaps not yet applied
         self._keeping: dict[_Key, _Append] = {}  # quarantine records under way, by (tenant, digest)
         # tenant -> digests of quarantined bodies, both least recently met first
@@ -162,8 +189,68 @@ class Intake:
         good), JournalUnavailable when nothing could be promised. `tenant` is checked by the caller.
         """
         failpoint("intake_before_parse")
-        if self._bounds is DEFAULT_BOUNDS and (usual := usual_payload(body)) is not None:
-            return await self._take_usual(usual, body, tenant, traceparent)
+        usual = usual_payload(body) if self._bounds is DEFAULT_BOUNDS else None
+        if usual is None:
+            return await self._take_other(body, tenant, traceparent)
+        return await self._take_usual(usual, body, tenant, traceparent)
+
+    def begin(
+        self, tenant: str, body: bytes, traceparent: str, done: Callable[[Accepted | JournalError], None]
+    ) -> Awaitable[Accepted] | None:
+        """`receive` without a task for the usual webhook, whose alerts are all new: None, and `done` is called on the
+        loop when everything in it is durable, or why it is not. Any other webhook is to be awaited; then `done` is not
+        called. Raises JournalUnavailable for what is refused at once."""
+        failpoint("intake_before_parse")
+        usual = usual_payload(body) if self._bounds is DEFAULT_BOUNDS else None
+        if usual is None:
+            return self._take_other(body, tenant, traceparent)
+        keys = [(tenant, alert.fingerprint) for alert in usual.alerts]
+        append = _Append(body=body, keys=keys)
+        if not self._all_new(append):
+            return self._take_usual(usual, body, tenant, traceparent)
+        record = PayloadReceived(at=self._clock(), tenant=tenant, traceparent=traceparent, body=msgspec.Raw(body))
+        failpoint("intake_before_record")
+        append.failure = "the request that was recording it was interrupted"
+        try:
+            self._store.enlist(record, usual, partial(self._recorded, append, Accepted(len(keys), 0), done))
+            append.failure = ""
+        except JournalError as error:
+            append.failure = str(error)
+            raise
+        finally:
+            if append.failure:
+                self._finish(append)
+        return None
+
+    def _recorded(
+        self,
+        append: _Append,
+        accepted: Accepted,
+        done: Callable[[Accepted | JournalError], None],
+        result: int | JournalError,
+    ) -> None:
+        if isinstance(result, JournalError):
+            append.failure = str(result)
+            self._finish(append)
+            done(result)
+            return
+        append.seq = result
+        self._finish(append)
+        failpoint("intake_after_record")
+        done(accepted)
+
+    def _all_new(self, append: _Append) -> bool:
+        """Is nothing known of any of its alerts? Then all are from now on under way in it."""
+        self._forget_applied()
+        keys, pending = append.keys, self._pending
+        places = dict.fromkeys(keys, append)
+        known = self._store.state.digests.keys()
+        if len(places) < len(keys) or not (pending.keys().isdisjoint(places) and known.isdisjoint(places)):
+            return False
+        pending.update(places)
+        return True
+
+    async def _take_other(self, body: bytes, tenant: str, traceparent: str) -> Accepted:
         try:
             payload = parse_payload(body, tenant, self._bounds)
         except PayloadError as error:
@@ -224,20 +311,22 @@ class Intake:
         """Indexes of the alerts that are recorded or under way; the others are from now on under way in `append`."""
         self._forget_applied()
         pending, keys = self._pending, append.keys
+        places = append.places = {}
         current = self._store.state.digests.get
         known: list[int] = []
         for index, alert in enumerate(alerts):
             key = (tenant, alert.fingerprint)
-            if (under_way := pending.get(key)) is not None:
-                other, place = under_way
-                if other.state(place) == digest(alert):
+            if (other := pending.get(key)) is not None:
+                if other.state(key) == digest(alert):
                     append.after.add(other)
                     known.append(index)
                     continue
+                other.overtaken = True
             elif (recorded := current(key)) is not None and recorded.digest == digest(alert):
                 known.append(index)
                 continue
-            pending[key] = (append, index)
+            pending[key] = append
+            places[key] = index
             keys.append(key)
         return tuple(known)
 
@@ -266,7 +355,7 @@ class Intake:
                 self._finish(append)
             failpoint("intake_after_record")
         for other in append.after:
-            await other.done.wait()
+            await other.wait()
             if other.failure:
                 raise JournalUnavailable(f"the same alert's earlier request was not recorded: {other.failure}")
 
@@ -280,7 +369,7 @@ class Intake:
             del self._keeping[tenant, digest]
             if not append.failure:
                 self._remember(tenant, digest)
-        append.done.set()
+        append.finish()
 
     def _forget_applied(self) -> None:
         """What is applied is under way no more: the state knows it."""
@@ -290,8 +379,12 @@ class Intake:
 
     def _forget(self, append: _Append) -> None:
         pending = self._pending
+        if not append.overtaken:
+            for _ in map(pending.pop, append.keys):
+                pass
+            return
         for key in append.keys:
-            if (under_way := pending.get(key)) is not None and under_way[0] is append:
+            if pending.get(key) is append:
                 del pending[key]
 
     # -- quarantine

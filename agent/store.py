@@ -1,12 +1,13 @@
 """The journal and the state it makes: the one place where facts enter the service.
 
-Everybody who has a fact to tell calls `record`, or `append` for alerts from outside; everybody who wants to know reads
-`state` or subscribes. A record is durable before it is applied, is applied exactly once in order of its sequence
-number, and only then are listeners told. `record` returns when it is applied. `append` does, too, unless more than
-SMALL_BYTES wait to be applied: then a share of them is applied in each turn of the loop, so that a storm of alerts is
-acknowledged before it is folded, and the loop stays free. What waits is bounded by BEHIND_BYTES; beyond that as much is
-applied as arrives. `open` rebuilds the state from the latest snapshot and what follows it. Never decides anything about
-alerts or incidents (that is the fold's), never drops or reorders a record.
+Everybody who has a fact to tell calls `record`, or `append` and `enlist` for alerts from outside; everybody who wants
+to know reads `state` or subscribes. A record is durable before it is applied, is applied exactly once in order of its
+sequence number, and only then are listeners told. `record` returns when it is applied. `append` and `enlist` do, too,
+unless more than SMALL_BYTES wait to be applied: then these are applied by turns of the loop. A turn in which more
+webhooks have come leaves what waits alone, so that a burst is acknowledged before it is folded, unless it has waited
+for LATE_SECONDS, or more than BEHIND_BYTES wait; beyond that as much is applied as arrives. `open` rebuilds the state
+from the latest snapshot and what follows it. Never decides anything about alerts or incidents (that is the fold's),
+never drops or reorders a record.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from agent.alerts import UsualPayload
 from agent.incidents import Changes, FrozenState, State, StateError, apply, check
-from agent.journal.files import Files, JournalCorrupt, JournalFailed, JournalUnavailable
+from agent.journal.files import Files, JournalCorrupt, JournalError, JournalFailed, JournalUnavailable
 from agent.journal.records import (
     AlertQuarantined,
     AlertsReceived,
@@ -36,14 +39,16 @@ from agent.journal.records import (
     StepRecorded,
     Stored,
 )
-from agent.journal.wal import MIB, Wal, WalHealth, exit_process
+from agent.journal.wal import MIB, Wal, WalHealth, exit_process, settle
 from sandbox.failpoint import failpoint
 
 Listener = Callable[[Stored, Changes], None]
 CLOSING_SNAPSHOT = 1 * MIB  # less journal than this replays quickly enough as it is
-SMALL_BYTES = 128 * 1024  # of webhooks that are applied before they are acknowledged: a millisecond or two
-TURN_BYTES = 32 * 1024  # of webhooks that are applied in each turn of the loop while more than that waits
-BEHIND_BYTES = 64 * MIB  # of webhooks that are durable and not yet applied
+SMALL_BYTES = 128 * 1024  # of webhooks that are applied before they are acknowledged, if nobody else waits for that
+TURN_BYTES = 32 * 1024  # of webhooks that are applied in a turn of the loop: a quarter of a millisecond
+BEHIND_BYTES = 4 * MIB  # of webhooks that are durable and not yet applied; they are held decoded
+STORM_SHARE = 4  # so many times the journal gathers for a snapshot, while webhooks come without a pause
+LATE_SECONDS = 0.25  # what has waited so long to be applied waits no more for a turn without webhooks
 
 
 class StateBehind(RuntimeError):  # noqa: N818
@@ -57,17 +62,18 @@ def journal_directory(state_dir: Path) -> Path:
 class Store:
     """One writer's view. Use from one event loop.
 
-    `snapshot_bytes`: a snapshot is made in the background whenever so much journal has gathered since the last one;
-    with two snapshots kept, the disk holds about three times that plus one segment.
+    `snapshot_bytes`: a snapshot is made in the background whenever so much journal has gathered since the last one (in
+    a storm STORM_SHARE times as much); with two snapshots kept, the disk holds about three times that plus one segment.
     """
 
     def __init__(self, wal: Wal, state: State, snapshot_bytes: int) -> None:
         self._wal = wal
         self._state = state
-        # durable, not yet applied; in order of sequence number, with size and time
-        self._pending: deque[tuple[Stored, int, float]] = deque()
+        # durable, not yet applied; in order of sequence number, with what the body says, size and time
+        self._pending: deque[tuple[Stored, UsualPayload | None, int, float]] = deque()
         self._pending_bytes = 0
         self._turn_scheduled = False
+        self._came = False  # a webhook, since the last turn
         self._applying = False  # stays True when an application raised: the state is then behind the journal for good
         self._listeners: list[Listener] = []
         self._moving: dict[str, asyncio.Event] = {}  # incidents with a record under way
@@ -99,12 +105,10 @@ class Store:
             files=files,
         )
         try:
-            store = cls(wal, _rebuild(wal), snapshot_bytes)
+            return cls(wal, _rebuild(wal), snapshot_bytes)
         except JournalCorrupt:
             wal.abandon()
             raise
-        wal.on_durable = store._durable
-        return store
 
     @property
     def state(self) -> State:
@@ -125,7 +129,7 @@ class Store:
         if not names:
             for record in records:
                 check(self._state, record)
-            return await self._applied(await self._wal.append(records))
+            return await self._applied(await self._logged(records))
         # One at a time per incident: a check against the state holds only while nothing else moves that incident.
         while waiting := [self._moving[id] for id in names if id in self._moving]:
             await waiting[0].wait()
@@ -136,7 +140,7 @@ class Store:
 
     async def _move(self, records: list[Record], names: list[str], done: asyncio.Event) -> list[Stored]:
         try:
-            return await self._applied(await self._wal.append(records))
+            return await self._applied(await self._logged(records))
         finally:
             for id in names:
                 del self._moving[id]
@@ -161,10 +165,46 @@ class Store:
         """The same for what came from outside, which needs no check. Returns the newest sequence number when it is
         durable; it is applied by then, or in one of the next turns of the loop (`state.seq` tells)."""
         self._check_going()
-        stored = await self._wal.append(records)
+        self._came = True
+        stored = await self._logged(records)
         if self._pending_bytes <= SMALL_BYTES:
             self._apply_up_to(stored[-1].seq)
         return stored[-1].seq
+
+    def enlist(self, record: PayloadReceived, sent: UsualPayload, done: Callable[[int | JournalError], None]) -> None:
+        """`append` for who does not wait: `done` is called on the loop, later, with the sequence number, or with why it
+        is not recorded. `sent` is what the body says. Raises like `append` for what is refused at once."""
+        self._check_going()
+        self._came = True
+        self._wal.submit((record,), partial(self._enlisted, sent, done))
+
+    def _enlisted(
+        self, sent: UsualPayload, done: Callable[[int | JournalError], None], result: list[Stored] | JournalError
+    ) -> None:
+        if isinstance(result, JournalError):
+            done(result)
+            return
+        self._durable(result, sent)
+        seq = result[0].seq
+        try:
+            if self._pending_bytes <= SMALL_BYTES and self._wal.idle and not self._applying:
+                self._apply_up_to(seq)
+        finally:  # durable it is, whatever the fold or a listener made of it; the loop reports that
+            done(seq)
+
+    async def _logged(self, records: Sequence[Record]) -> list[Stored]:
+        """Make the records durable; afterwards they are in `_pending`, whatever becomes of the caller."""
+        if not records:
+            return []
+        future: asyncio.Future[list[Stored]] = asyncio.get_running_loop().create_future()
+
+        def done(result: list[Stored] | JournalError) -> None:
+            if not isinstance(result, JournalError):
+                self._durable(result)
+            settle(future, result)
+
+        self._wal.submit(records, done)
+        return await future
 
     def _check_going(self) -> None:
         if self._applying:
@@ -182,13 +222,13 @@ class Store:
             self._apply_up_to(stored[-1].seq)
         return stored
 
-    def _durable(self, stored: Sequence[Stored]) -> None:
-        """Called by the log in order of sequence number. The callers of `record` and `append`, who wake next, apply
-        these; what is left (because it is too much, or its caller was cancelled) is applied by turns."""
+    def _durable(self, stored: Sequence[Stored], sent: UsualPayload | None = None) -> None:
+        """Called in order of sequence number. The callers of `record` and `append`, who wake next, apply these; what is
+        left (because it is too much, or its caller was cancelled) is applied by turns."""
         now = time.monotonic()
         for item in stored:
             size = len(item.record.body) if isinstance(item.record, PayloadReceived) else 1024
-            self._pending.append((item, size, now))
+            self._pending.append((item, sent, size, now))
             self._pending_bytes += size
         if not self._turn_scheduled:
             self._turn_scheduled = True
@@ -197,7 +237,9 @@ class Store:
 
     def _turn(self) -> None:
         self._turn_scheduled = False
-        self._apply_bytes(max(TURN_BYTES, self._pending_bytes - BEHIND_BYTES))
+        came, self._came = self._came, False
+        share = 0 if came and self.behind[1] < LATE_SECONDS else TURN_BYTES
+        self._apply_bytes(max(share, self._pending_bytes - BEHIND_BYTES))
         if self._pending and not self._applying:
             self._turn_scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -215,14 +257,17 @@ class Store:
         """Apply the next durable record. An exception is a bug of the fold or of a listener; it comes out of `record`,
         or the loop reports it, and after one of the fold no record is taken any more."""
         failpoint("store_before_apply")
-        item, size, _ = self._pending.popleft()
+        item, sent, size, _ = self._pending.popleft()
         self._pending_bytes -= size
         self._applying = True
-        changes = apply(self._state, item)
+        changes = apply(self._state, item, sent)
         self._applying = False
         for listener in self._listeners:
             listener(item, changes)
-        if self._wal.bytes_since_snapshot >= self._snapshot_due and self._snapshotting is None and not self._closed:
+        gathered = self._wal.bytes_since_snapshot
+        if gathered >= self._snapshot_due and self._snapshotting is None and not self._closed:
+            if gathered < STORM_SHARE * self._snapshot_due and not self._wal.idle:
+                return  # encoding the state would take a storm the time in which it is acknowledged
             self._snapshotting = asyncio.get_running_loop().create_task(self._snapshot(self._state.freeze()))
 
     def subscribe(self, callback: Listener) -> Callable[[], None]:
@@ -272,7 +317,7 @@ class Store:
     @property
     def behind(self) -> tuple[int, float]:
         """What is durable and not yet applied: how many records, and for how many seconds the oldest of them is."""
-        return len(self._pending), time.monotonic() - self._pending[0][2] if self._pending else 0.0
+        return len(self._pending), time.monotonic() - self._pending[0][3] if self._pending else 0.0
 
     async def close(self) -> None:
         """What was recorded becomes durable and is applied; a snapshot makes the next start quick. Idempotent."""

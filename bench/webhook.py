@@ -9,7 +9,8 @@
 The load is closed loop: N connections, each sends its next request when the last was answered. A body is the captured
 ten-alert payload (8 KB) with fingerprints and start times of its own, so that nothing is a duplicate. Rounds are
 interleaved, medians are reported, and only their ratios mean anything beyond this machine. Of ours it also says what
-was acknowledged and not yet folded into incidents when the load ended, and how fast the rest of it was.
+was acknowledged and not yet folded into incidents when the load ended, how fast the rest of it was, and the sustained
+rate: acknowledged requests by the time until all of them were folded (the others have nothing left to do by then).
 
     python -m bench.webhook [SECONDS]
 """
@@ -53,6 +54,8 @@ def bench(seconds: float = 30.0, rounds: int = 3) -> dict[str, Any]:
         result[f"connections_{connections}"] = {
             **median,
             "throughput_to_synced": ours["requests_per_second"] / synced["requests_per_second"],
+            "sustained_to_synced": ours["sustained_per_second"] / synced["requests_per_second"],
+            "cpu_to_synced": ours["server_cpu_us_per_request"] / synced["server_cpu_us_per_request"],
             "throughput_to_bare": ours["requests_per_second"] / bare["requests_per_second"],
             "p99_to_synced": ours["p99_ms"] / synced["p99_ms"],
             "p99_to_bare": ours["p99_ms"] / bare["p99_ms"],
@@ -197,12 +200,14 @@ async def _load(port: int, connections: int, seconds: float, pid: int) -> dict[s
         broken.cancel()
     for transport in transports:
         transport.abort()
+    lag = await _lag(port)
     return {
         "requests_per_second": count / took,
+        "sustained_per_second": count / (took + lag.get("drain_ms", 0.0) / 1e3),
         "p50_ms": latencies[count // 2] * 1e3,
         "p99_ms": latencies[min(count - 1, count * 99 // 100)] * 1e3,
         "server_cpu_us_per_request": cpu / count * 1e6,
-        **await _lag(port),
+        **lag,
     }
 
 

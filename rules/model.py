@@ -28,7 +28,7 @@ BoolArray = NDArray[np.bool_]
 AlertStatus = Literal["firing", "resolved"]
 
 
-class Alert(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Alert(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One alert as Alertmanager told it. `(tenant, fingerprint)` names it; `digest` names its exact state."""
 
     tenant: str

@@ -20,6 +20,7 @@ from aiohttp import web
 
 MAX_BODY: Final = 65_536
 MAX_HEAD: Final = 8_190
+READ_BYTES: Final = 65_536  # at once
 KEEPALIVE_SECONDS: Final = 330.0  # Go clients drop an idle connection after five minutes
 PARTIAL_SECONDS: Final = 1.0  # then aiohttp waits for the rest
 HEADERS: Final[Mapping[bytes, str]] = {
@@ -42,9 +43,10 @@ _LINE = re.compile(rb"POST /webhook(?:/([a-zA-Z0-9._-]{1,64}))? HTTP/1\.1")
 
 
 class UsualRequest:
-    """The head of a usual webhook, with what `Guard.admit` asks of a request."""
+    """The head of a usual webhook, with what `Guard.admit` asks of a request. It serves every request of its connection
+    that has the same head."""
 
-    __slots__ = ("headers", "method", "size", "tenant", "transport")
+    __slots__ = ("admitted", "headers", "method", "size", "tenant", "transport")
 
     def __init__(self, transport: asyncio.Transport, tenant: str, headers: Mapping[str, str], size: int) -> None:
         self.transport = transport
@@ -52,6 +54,7 @@ class UsualRequest:
         self.tenant = tenant
         self.headers = headers
         self.size = size  # of the body
+        self.admitted: str | None = None  # the trace that it continues, once its sender was let in
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self.transport.get_extra_info(name, default)
@@ -81,23 +84,33 @@ def usual_request(head: bytes, transport: asyncio.Transport) -> UsualRequest | N
     return UsualRequest(transport, tenant, headers, int(length))
 
 
-Answer = Callable[[UsualRequest, bytes], Awaitable[bytes]]  # the whole answer as it goes on the wire
+Reply = Callable[[bytes], None]
+# The whole answer as it goes on the wire: given to the reply, later and on the loop (None), or to be awaited.
+Answer = Callable[[UsualRequest, bytes, Reply], Awaitable[bytes] | None]
 
 
-class Front(asyncio.Protocol):
-    """One connection over TCP, until something unusual comes. One request at a time; what follows it waits unread."""
+class Front(asyncio.BufferedProtocol):
+    """One connection over TCP, until something unusual comes. One request at a time; what follows it waits unread.
+
+    All share one buffer to read into. For another protocol asyncio allocates 256 KiB at each read, which the system
+    maps and clears anew every time: that took longer than everything else here."""
 
     def __init__(self, server: Server, answer: Answer) -> None:
         self._server = server
         self._answer = answer
         self._loop = asyncio.get_running_loop()
         self._buffer = b""
+        self._head = b""  # of the newest request, which is:
+        self._request: UsualRequest | None = None
         self._idle_since = 0.0
         self._timer: asyncio.TimerHandle | None = None  # the connection is idle for too long
         self._late: asyncio.TimerHandle | None = None  # the rest of a request does not come
-        self.task: asyncio.Task[None] | None = None  # the request under way
+        self.busy = False  # with a request
+        self.task: asyncio.Task[None] | None = None  # of the request under way, if it needs one
+        self._over: asyncio.Future[None] | None = None  # somebody waits until it is answered
         self._last = False  # close after the answer
         self._unread = False  # the client does not read its answers: it gets no more until it does
+        self._paused = False  # reading
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -111,29 +124,36 @@ class Front(asyncio.Protocol):
         self._cancel_timers()
 
     def pause_writing(self) -> None:
-        self._unread = True
+        self._unread = self._paused = True
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._unread = False
-        if self.task is None:
+        if not self.busy:
             self._goes_on()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._server.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._server.buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         self._buffer = self._buffer + data if self._buffer else data
-        if self.task is None and not self._unread:
+        if not self.busy and not self._unread:
             self._advance()
         elif len(self._buffer) > MAX_BODY:
+            self._paused = True
             self._transport.pause_reading()
 
     def eof_received(self) -> None:
-        if self.task is None and self._buffer:
+        if not self.busy and self._buffer:
             self._hand_over()
 
     def _advance(self) -> None:
         """Begin with the next request, if all of it is there."""
         raw, end, body = self._buffer.partition(b"\r\n\r\n")
-        request = usual_request(raw, self._transport) if end else None
+        request = self._request if raw == self._head and end else self._next(raw) if end else None
         if request is None:
             if end or len(raw) > MAX_HEAD or not raw.startswith(b"POST /webhook"[: len(raw)]):
                 self._hand_over()
@@ -148,32 +168,61 @@ class Front(asyncio.Protocol):
             self._late.cancel()
             self._late = None
         self._buffer = body[size:]
-        self.task = self._loop.create_task(self._serve(request, body[:size]))
+        self.busy = True
+        begun = False
+        try:
+            waits = self._answer(request, body[:size], self._reply)
+            begun = True
+        finally:
+            if not begun:
+                self._reply(BROKEN)
+        if waits is not None:
+            self.task = self._loop.create_task(self._serve(waits))
+
+    def _next(self, head: bytes) -> UsualRequest | None:
+        self._request = usual_request(head, self._transport)
+        self._head = head
+        return self._request
 
     def _await_rest(self) -> None:
         if self._late is None:
             self._late = self._loop.call_later(PARTIAL_SECONDS, self._hand_over)
 
-    async def _serve(self, request: UsualRequest, body: bytes) -> None:
+    async def _serve(self, waits: Awaitable[bytes]) -> None:
         answer = BROKEN
         try:
-            answer = await self._answer(request, body)
+            answer = await waits
         finally:
             self.task = None
-            if not self._transport.is_closing():
-                self._transport.write(answer)
-                if self._last or answer is BROKEN:
-                    self._transport.close()
-                else:
-                    self._goes_on()
+            self._reply(answer)
+
+    def _reply(self, answer: bytes) -> None:
+        self.busy = False
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
+        if self._transport.is_closing():
+            return
+        self._transport.write(answer)
+        if self._last or answer is BROKEN:
+            self._transport.close()
+        else:
+            self._goes_on()
 
     def _goes_on(self) -> None:
         self._idle_since = self._loop.time()
         if self._unread:
             return
-        self._transport.resume_reading()
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
         if self._buffer:
             self._advance()
+
+    async def answered(self) -> None:
+        """Returns when no request is under way."""
+        if self.busy:
+            self._over = self._over or self._loop.create_future()
+            await asyncio.shield(self._over)
 
     def _hand_over(self) -> None:
         """From now on this is aiohttp's connection."""
@@ -189,7 +238,7 @@ class Front(asyncio.Protocol):
 
     def _idle(self) -> None:
         left = self._idle_since + KEEPALIVE_SECONDS - self._loop.time()
-        if left > 0 or self.task is not None:
+        if left > 0 or self.busy:
             self._timer = self._loop.call_later(max(1.0, left), self._idle)
         else:
             self._transport.close()
@@ -203,7 +252,7 @@ class Front(asyncio.Protocol):
     def close(self) -> None:
         """At once when idle, else after the answer."""
         self._last = True
-        if self.task is None:
+        if not self.busy:
             self._transport.close()
 
 
@@ -216,6 +265,7 @@ class Server(web.Server):
         super().__init__(handler, keepalive_timeout=KEEPALIVE_SECONDS, **options)
         self._answer = answer
         self._most = max_connections
+        self.buffer = memoryview(bytearray(READ_BYTES))
         self._over_tcp: dict[Any, None] = {}  # Front or aiohttp's handler, oldest first
         self.handler = super().__call__
 
@@ -252,10 +302,12 @@ class Server(web.Server):
             front.close()
 
     async def shutdown(self, timeout: float | None = None) -> None:
-        tasks = [front.task for front in self._fronts() if front.task is not None]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=timeout)
-            for task in late:
+        busy = [front for front in self._fronts() if front.busy]
+        if busy:
+            _, late = await asyncio.wait([asyncio.create_task(f.answered()) for f in busy], timeout=timeout)
+            for waiting in late:
+                waiting.cancel()
+            for task in [front.task for front in busy if front.task is not None]:
                 task.cancel()
         await super().shutdown(timeout)
 

@@ -18,8 +18,9 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +31,7 @@ from agent.alerts import PayloadError, check_tenant
 from agent.http.api import Api, Handler, Operations
 from agent.http.auth import CHALLENGE, AccessError, Asking, Guard
 from agent.http.body import JSON, RequestError, check_type, encoding, read_body, too_large, unpack
-from agent.http.front import Server, UsualRequest
+from agent.http.front import Reply, Server, UsualRequest
 from agent.intake import Accepted, Intake, NothingGoodError, OverloadedError, Quarantined
 from agent.journal.wal import JournalError
 from agent.store import Store
@@ -38,6 +39,7 @@ from sandbox.failpoint import failpoint
 
 MIB: Final = 1024 * 1024
 EXPECTED: Final = (PayloadError, AccessError, OverloadedError, JournalError, RequestError)
+DRAINING: Final = "the service is shutting down"
 BACKLOG: Final = 128  # accepted at one time, at most
 MAX_CONNECTIONS: Final = 4096
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
@@ -80,28 +82,71 @@ class Webhook:
             self._options.on_webhook(response.status, time.perf_counter() - begin, accepted)
         return response
 
-    async def usual(self, request: UsualRequest, body: bytes) -> bytes:
-        """The same for a request that `agent.http.front` has read: the answer as it goes on the wire."""
+    def usual(self, request: UsualRequest, body: bytes, reply: Reply) -> Awaitable[bytes] | None:
+        """The same for a request that `agent.http.front` has read. None: `reply` will be called, on the loop, with the
+        answer as it goes on the wire. Else it is to be awaited."""
         begin = time.perf_counter()
-        accepted: Accepted | None = None
+        size = request.size
         try:
-            self._admit(request, request.tenant)
-            if request.size > self._options.max_body_bytes:
-                raise too_large(self._options.max_body_bytes)
-            parent = traceparent([request.headers["traceparent"]]) if "traceparent" in request.headers else ""
-            self._intake.enter(request.size)
-            try:
-                accepted = await self._intake.receive(request.tenant, body, parent)
-            finally:
-                self._intake.leave(request.size)
-            failpoint("intake_before_response")
-            status, answer = 200, _ok_bytes(_accepted(accepted))
+            if request.admitted is None:
+                request.admitted = self._usual_parent(request)
+            if self.draining:
+                raise OverloadedError(DRAINING)
+            self._intake.enter(size)
         except EXPECTED as error:
-            response = error_reply(error, self._options.retry_seconds)
-            status, answer = response.status, _error_bytes(response)
+            return self._refused(error, begin)
+        done = partial(self._answered, size, begin, reply)
+        waits: Awaitable[Accepted] | None = None
+        entered = False
+        try:
+            waits = self._intake.begin(request.tenant, body, request.admitted, done)
+            entered = True
+        except EXPECTED as error:
+            return self._refused(error, begin)
+        finally:
+            if not entered:
+                self._intake.leave(size)
+        return None if waits is None else self._waited(waits, size, begin)
+
+    def _usual_parent(self, request: UsualRequest) -> str:
+        """The trace that a request continues, if its sender may post: both depend on its head and connection alone."""
+        self._admit(request, request.tenant)
+        if request.size > self._options.max_body_bytes:
+            raise too_large(self._options.max_body_bytes)
+        return traceparent([request.headers["traceparent"]]) if "traceparent" in request.headers else ""
+
+    def _answered(self, size: int, begin: float, reply: Reply, result: Accepted | JournalError) -> None:
+        self._intake.leave(size)
+        if isinstance(result, JournalError):
+            reply(self._error(result, begin))
+        else:
+            failpoint("intake_before_response")
+            reply(self._ok(result, begin))
+
+    async def _waited(self, waits: Awaitable[Accepted], size: int, begin: float) -> bytes:
+        try:
+            try:
+                accepted = await waits
+            finally:
+                self._intake.leave(size)
+            failpoint("intake_before_response")
+        except EXPECTED as error:
+            return self._error(error, begin)
+        return self._ok(accepted, begin)
+
+    async def _refused(self, error: Exception, begin: float) -> bytes:
+        return self._error(error, begin)
+
+    def _ok(self, accepted: Accepted, begin: float) -> bytes:
         if self._options.on_webhook is not None:
-            self._options.on_webhook(status, time.perf_counter() - begin, accepted)
-        return answer
+            self._options.on_webhook(200, time.perf_counter() - begin, accepted)
+        return _all_good(accepted[0], accepted[1]) if not accepted[2] else _ok_bytes(_accepted(accepted))
+
+    def _error(self, error: Exception, begin: float) -> bytes:
+        response = error_reply(error, self._options.retry_seconds)
+        if self._options.on_webhook is not None:
+            self._options.on_webhook(response.status, time.perf_counter() - begin, None)
+        return _error_bytes(response)
 
     def _admit(self, request: Asking, tenant: str) -> None:
         caller = self._options.guard.admit(request, "webhook")
@@ -110,7 +155,7 @@ class Webhook:
         if not caller.sees(tenant):
             raise AccessError(403, f"{caller.name} may not post for tenant {tenant!r}", "add it to the credential")
         if self.draining:
-            raise OverloadedError("the service is shutting down")
+            raise OverloadedError(DRAINING)
 
     async def _receive(self, request: web.BaseRequest, tenant: str) -> Accepted:
         self._admit(request, tenant)
@@ -340,6 +385,11 @@ def error_reply(error: Exception, retry_seconds: int) -> web.Response:
 def _ok_bytes(body: bytes) -> bytes:
     """A 200 with a JSON body, as it leaves in one write."""
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@lru_cache(maxsize=1024)
+def _all_good(accepted: int, duplicates: int) -> bytes:
+    return _ok_bytes(_accepted(Accepted(accepted, duplicates)))
 
 
 def _error_bytes(response: web.Response) -> bytes:

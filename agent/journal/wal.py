@@ -65,7 +65,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from agent.journal.check import Report, repair, verify
 from agent.journal.directory import Opened, SegmentFile, create_segment, open_directory, read_directory
@@ -83,7 +85,6 @@ from agent.journal.files import (
 from agent.journal.records import Record, Stored
 from agent.journal.segment import (
     SEGMENT_HEADER,
-    Encoded,
     SegmentReader,
     chain_at,
     decode,
@@ -107,6 +108,7 @@ __all__ = [
     "verify",
 ]
 
+T = TypeVar("T")
 MIB = 1 << 20
 MAX_WRITE = 8 * MIB  # bytes of one write: bounds how long its waiters wait, not how much they may append
 EXIT_FATAL = 70  # EX_SOFTWARE
@@ -129,14 +131,17 @@ class WalHealth:
     torn: str  # what was cut off at opening, "" for nothing
 
 
-class _Waiter:
-    __slots__ = ("encoded", "future", "records", "since", "size")
+Done = Callable[["list[Stored] | JournalError"], None]
 
-    def __init__(self, records: Sequence[Record], encoded: list[Encoded], future: asyncio.Future[list[Stored]]) -> None:
+
+class _Waiter:
+    __slots__ = ("done", "encoded", "records", "since", "size")
+
+    def __init__(self, records: Sequence[Record], done: Done) -> None:
         self.records = records
-        self.encoded = encoded
-        self.size = sum(len(e.body) for e in encoded)
-        self.future = future
+        self.encoded = [encode(record) for record in records]
+        self.size = sum([len(e.body) for e in self.encoded])
+        self.done = done
         self.since = time.monotonic()
 
 
@@ -159,6 +164,16 @@ class _Write:
             place = self.last_seq - self.first_seq
             header, self.chain = frame(encoded, self.last_seq, at, place, self.chain)
             self.buffers += (header, encoded.body)
+
+
+def settle(future: asyncio.Future[T], result: T | JournalError) -> None:
+    """For who awaits `future`, unless he was cancelled; the records are durable all the same."""
+    if future.done():
+        return
+    if isinstance(result, JournalError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
 
 
 def exit_process(error: JournalFailed) -> None:
@@ -185,9 +200,9 @@ class Wal:
         self._pending: deque[_Waiter] = deque()
         self._writing: _Write | None = None
         self._scheduled = False
+        self._settled: deque[tuple[_Waiter, int | JournalError]] = deque()  # to be told: first number, or why not
         self._backlog = 0
         self.failed: JournalFailed | None = None
-        self.on_durable: Callable[[Sequence[Stored]], None] | None = None
         self._written = sum(s.size for s in opened.replayable(self._snapshot_seq))  # an upper bound
         self._written_before_snapshot = 0
         self._unavailable = ""
@@ -216,10 +231,9 @@ class Wal:
         """Check everything that is there, cut off a torn tail, take the lock. `read_only` takes no lock, changes
         nothing and tolerates a tail that is growing.
 
-        `on_fatal` is called in the thread that met the failure. The attribute `on_durable` is called on the loop for
-        each append in order of sequence number, before any `append` returns; it must not raise. Raises JournalCorrupt,
-        JournalLocked, JournalUnavailable (no space for a first segment), JournalFailed, and OSError for a directory
-        that cannot be made or read.
+        `on_fatal` is called in the thread that met the failure. Raises JournalCorrupt, JournalLocked,
+        JournalUnavailable (no space for a first segment), JournalFailed, and OSError for a directory that cannot be
+        made or read.
         """
         options = _Options(segment_bytes, backlog_bytes, on_fatal, files or Files())
         if read_only:
@@ -242,14 +256,21 @@ class Wal:
         JournalUnavailable (backlog full, write failed and was rolled back: nothing of them stays), JournalFailed, and
         ValueError for a record that could not be read back.
         """
-        if self.failed is not None:
-            raise self.failed
         if not records:
             return []
+        future: asyncio.Future[list[Stored]] = asyncio.get_running_loop().create_future()
+        self.submit(records, partial(settle, future))
+        return await future
+
+    def submit(self, records: Sequence[Record], done: Done) -> None:
+        """`append` without waiting: `done` is called on the loop, later, with the stored records or with the error of
+        the disk. All are called in order of sequence number, also for a caller that has gone. Raises like `append` for
+        what is refused at once; then `done` is not called."""
+        if self.failed is not None:
+            raise self.failed
         if self._lock is None or self._closing:
             raise JournalUnavailable(f"append to {self.directory}: it is closed or read-only")
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(records, [encode(r) for r in records], loop.create_future())
+        waiter = _Waiter(records, done)
         if self._backlog + waiter.size > self._options.backlog_bytes and self._backlog:
             raise JournalUnavailable(
                 f"append to {self.directory}: {self._backlog} bytes wait to become durable (at most "
@@ -257,12 +278,12 @@ class Wal:
             )
         self._pending.append(waiter)
         self._backlog += waiter.size
-        self._idle.clear()
         if self._writing is None and not self._scheduled:
             # Not at once: what else arrives in this turn of the loop shares the sync.
+            self._idle.clear()
             self._scheduled = True
+            loop = asyncio.get_running_loop()
             loop.call_soon(self._dispatch, loop)
-        return await waiter.future
 
     def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Hand what waits to the thread, as one write, unless one is under way."""
@@ -292,33 +313,34 @@ class Wal:
             self.failed = error
         else:
             self._unavailable = str(error)
+        seq = write.first_seq
         for waiter in write.waiters:
+            self._settled.append((waiter, seq if error is None else error))
             self._backlog -= waiter.size
+            seq += len(waiter.records)
         if self.failed is not None:
-            while self._pending:
-                waiter = self._pending.popleft()
-                self._backlog -= waiter.size
-                write.waiters.append(waiter)
+            self._settled.extend((waiter, self.failed) for waiter in self._pending)
+            self._backlog -= sum(waiter.size for waiter in self._pending)
+            self._pending.clear()
         else:
             self._dispatch(loop)
-        if error is None:
-            self._acknowledge(write)
-        else:
-            for waiter in write.waiters:
-                if not waiter.future.done():
-                    waiter.future.set_exception(error)
-        if self._writing is None and not self._pending:
-            self._idle.set()
+        self._tell(loop)
 
-    def _acknowledge(self, write: _Write) -> None:
-        seq, on_durable = write.first_seq, self.on_durable
-        for waiter in write.waiters:
-            stored = [Stored(n, record) for n, record in enumerate(waiter.records, seq)]
-            seq += len(stored)
-            if on_durable is not None:
-                on_durable(stored)
-            if not waiter.future.done():  # its caller may have been cancelled; the record is durable all the same
-                waiter.future.set_result(stored)
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell everybody what became of his records. Who raises (the loop reports that) keeps nobody else waiting."""
+        settled = self._settled
+        try:
+            while settled:
+                waiter, first = settled.popleft()
+                if isinstance(first, int):
+                    waiter.done([Stored(n, record) for n, record in enumerate(waiter.records, first)])
+                else:
+                    waiter.done(first)
+        finally:
+            if settled:
+                loop.call_soon(self._tell, loop)
+            elif self.idle:
+                self._idle.set()
 
     # -- the thread
 
@@ -451,6 +473,11 @@ class Wal:
         return count
 
     # -- the rest
+
+    @property
+    def idle(self) -> bool:
+        """Is everybody told?"""
+        return self._writing is None and not self._pending and not self._settled
 
     @property
     def seq(self) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from agent.alerts import UsualPayload
 from agent.fold_state import State
 from agent.http.api import ApprovalAnswer
 from agent.http.server import Serving
 from agent.incidents import apply, read_received
 from agent.intake import Intake
 from agent.journal.records import AlertQuarantined, AlertsReceived, PayloadReceived, Record, Stored
-from agent.journal.wal import JournalUnavailable
+from agent.journal.wal import JournalError, JournalUnavailable
 
 PAYLOADS = Path(__file__).parent.parent / "data" / "payloads"
 JSON = {"Content-Type": "application/json"}
@@ -79,6 +81,7 @@ class HeldStore:
         self._open.set()
         self._called = asyncio.Condition()
         self._order = asyncio.Lock()
+        self._enlisted: set[asyncio.Task[None]] = set()
 
     def hold(self) -> None:
         self._open.clear()
@@ -107,6 +110,18 @@ class HeldStore:
 
     async def append(self, *records: Record) -> int:
         return (await self.record(*records))[-1].seq
+
+    def enlist(self, record: Record, sent: UsualPayload, done: Callable[[int | JournalError], None]) -> None:
+        async def run() -> None:
+            try:
+                seq = await self.append(record)
+            except JournalUnavailable as error:
+                done(error)
+            else:
+                done(seq)
+
+        self._enlisted.add(task := asyncio.create_task(run()))
+        task.add_done_callback(self._enlisted.discard)
 
     @property
     def records(self) -> list[Record]:

@@ -25,7 +25,7 @@ from agent.alerts import (
     check_tenant,
     parse_payload,
     parse_time,
-    usual_alert,
+    usual_alerts,
     usual_payload,
 )
 
@@ -337,7 +337,7 @@ def test_the_usual_lane_gives_what_the_careful_one_gives(raw: bytes) -> None:
 def _same(usual: UsualPayload, raw: bytes) -> None:
     careful = module._payload(module._decode_exactly(raw), "t", DEFAULT_BOUNDS, odd=True)
     assert careful.bad == ()
-    assert tuple(usual_alert(entry, "t") for entry in usual.alerts) == careful.alerts
+    assert usual_alerts(usual.alerts, "t") == careful.alerts
     assert (usual.receiver, usual.groupKey, usual.groupLabels, usual.externalURL, usual.truncatedAlerts) == (
         careful.receiver,
         careful.group_key,

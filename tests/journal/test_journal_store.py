@@ -14,10 +14,11 @@ from journal_kit import IO_ERROR, NO_SPACE, FaultyFiles, alert, copy_of, moved, 
 
 from actions.model import IllegalMove
 from agent import store as store_module
+from agent.alerts import decode_usual
 from agent.fold_state import State
 from agent.incidents import Changes, UnknownIncident
 from agent.journal.records import Noted, PayloadReceived, Stored
-from agent.journal.wal import JournalCorrupt, JournalFailed, JournalUnavailable, verify
+from agent.journal.wal import JournalCorrupt, JournalError, JournalFailed, JournalUnavailable, Wal, verify
 from agent.store import StateBehind, Store, read_state
 
 
@@ -126,7 +127,7 @@ async def test_the_closing_says_what_it_had_seen(tmp_path: Path) -> None:
 async def test_a_bug_in_the_fold_is_loud_and_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(tmp_path)
 
-    def broken(state: object, stored: Stored) -> Changes:
+    def broken(state: object, stored: Stored, sent: object) -> Changes:
         raise ZeroDivisionError("a bug")
 
     with monkeypatch.context() as patch:
@@ -275,6 +276,108 @@ async def test_a_storm_is_acknowledged_before_it_is_folded(tmp_path: Path) -> No
     assert read_state(tmp_path).to_snapshot() == whole
 
 
+def enlisted(store: Store, n: int, told: list[tuple[int, int]]) -> None:
+    """`body_of(n)` by the way without a task; what `done` is told, and how far the state was then."""
+    record = body_of(n)
+
+    def done(result: int | JournalError) -> None:
+        assert isinstance(result, int)
+        told.append((result, store.state.seq))
+
+    store.enlist(record, decode_usual(record.body), done)
+
+
+async def all_told(told: list[Any], count: int) -> None:
+    async with asyncio.timeout(20):
+        while len(told) < count:
+            await asyncio.sleep(0)
+
+
+async def test_alone_it_is_folded_before_it_is_acknowledged_in_a_storm_afterwards(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    told: list[tuple[int, int]] = []
+    for n in range(3):
+        enlisted(store, n, told)
+        await all_told(told, n + 1)
+    assert told == [(1, 1), (2, 2), (3, 3)]
+    for n in range(3, 103):
+        enlisted(store, n, told)
+    await all_told(told, 103)
+    assert [seq for seq, _ in told] == list(range(1, 104))
+    assert told[-1][1] < 103
+    async with asyncio.timeout(20):
+        while store.behind[0]:  # nothing comes any more: the turns fold it
+            await asyncio.sleep(0)
+    whole = store.state.to_snapshot()
+    assert read_state(tmp_path).to_snapshot() == whole  # decoded anew it says the same
+    await store.close()
+
+
+async def test_webhooks_without_a_pause_do_not_keep_the_fold_waiting(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    told: list[tuple[int, int]] = []
+    count = 0
+    async with asyncio.timeout(30):
+        while store.state.seq < 50:
+            if count - len(told) < 20:
+                enlisted(store, count, told)
+                count += 1
+            await asyncio.sleep(0)
+    assert store.behind[1] < 10 * store_module.LATE_SECONDS
+    await store.close()
+    assert store.state.seq == count == len(told)
+
+
+async def test_one_whose_answer_raises_keeps_nobody_waiting(tmp_path: Path) -> None:
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    store = Store.open(tmp_path)
+    told: list[tuple[int, int]] = []
+    enlisted(store, 0, told)
+    store.enlist(body_of(1), decode_usual(body_of(1).body), lambda result: 1 / 0)
+    enlisted(store, 2, told)
+    await all_told(told, 2)
+    assert [seq for seq, _ in told] == [1, 3]
+    assert [type(e) for e in reported] == [ZeroDivisionError]
+    await store.close()
+    assert store.state.seq == 3
+
+
+async def test_a_refusal_of_the_disk_reaches_who_has_no_task(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    store = Store.open(tmp_path, files=files)
+    told: list[Any] = []
+    files.writes = [NO_SPACE]
+    record = body_of(1)
+    store.enlist(record, decode_usual(record.body), told.append)
+    await all_told(told, 1)
+    assert isinstance(told[0], JournalUnavailable)
+    assert store.behind == (0, 0.0)
+    await store.close()
+    with pytest.raises(JournalUnavailable):
+        store.enlist(record, decode_usual(record.body), told.append)
+    assert len(told) == 1
+
+
+async def test_a_storm_waits_longer_for_its_snapshot_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is ever idle here: 300 KB would do for a snapshot, four times as much has to."""
+    monkeypatch.setattr(Wal, "idle", False)
+    store = Store.open(tmp_path, snapshot_bytes=300_000)
+    written = []
+    for n in range(200):
+        await store.append(body_of(n))
+        written.append(store.health().bytes)
+        if store._snapshotting is not None:
+            break
+    assert 4 * 300_000 <= written[-1] < 5 * 300_000
+    monkeypatch.undo()
+    await store.append(body_of(201))
+    await store.close()
+    assert store.snapshot_problem == ""
+
+
 async def test_a_crash_in_a_storm_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     await asyncio.gather(*(store.append(body_of(n)) for n in range(100)))
@@ -310,7 +413,7 @@ async def test_a_record_that_cannot_be_folded_in_a_turn_stops_the_store(
     assert store.behind[0]
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
-    monkeypatch.setattr(store_module, "apply", lambda state, stored: 1 / 0)
+    monkeypatch.setattr(store_module, "apply", lambda state, stored, sent: 1 / 0)
     with pytest.raises((StateBehind, ZeroDivisionError)):
         await store.record(note(200))
     assert store.stopped
