@@ -44,7 +44,8 @@ from sandbox.failpoint import failpoint
 
 Listener = Callable[[Stored, Changes], None]
 CLOSING_SNAPSHOT = 1 * MIB  # less journal than this replays quickly enough as it is
-SMALL_BYTES = 128 * 1024  # of webhooks that are applied before they are acknowledged, if nobody else waits for that
+SMALL_BYTES = 128 * 1024  # of webhooks that are applied before they are acknowledged,
+FEW = 4  # if no more than these still wait for the disk
 TURN_BYTES = 32 * 1024  # of webhooks that are applied in a turn of the loop: a quarter of a millisecond
 BEHIND_BYTES = 4 * MIB  # of webhooks that are durable and not yet applied; they are held decoded
 STORM_SHARE = 4  # so many times the journal gathers for a snapshot, while webhooks come without a pause
@@ -187,7 +188,7 @@ class Store:
         self._durable(result, sent)
         seq = result[0].seq
         try:
-            if self._pending_bytes <= SMALL_BYTES and self._wal.idle and not self._applying:
+            if self._pending_bytes <= SMALL_BYTES and self._wal.waiting < FEW and not self._applying:
                 self._apply_up_to(seq)
         finally:  # durable it is, whatever the fold or a listener made of it; the loop reports that
             done(seq)

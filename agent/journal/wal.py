@@ -475,8 +475,13 @@ class Wal:
     # -- the rest
 
     @property
+    def waiting(self) -> int:
+        """How many appends have not been told what became of them."""
+        writing = len(self._writing.waiters) if self._writing is not None else 0
+        return writing + len(self._pending) + len(self._settled)
+
+    @property
     def idle(self) -> bool:
-        """Is everybody told?"""
         return self._writing is None and not self._pending and not self._settled
 
     @property
