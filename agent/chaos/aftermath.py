@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -108,17 +109,27 @@ def keep_recording(run: Run, scenario: Scenario, records: Iterable[Record], look
             place = out / run.arm / f"{run.scenario.replace('_', '-')}-{run.repetition}"
             shutil.rmtree(place, ignore_errors=True)  # of a run that did not come to its end
             shutil.copytree(look, place)
-            without_names(place / "facts.json")
+            without_names(place)
             _write_truth(place, run, scenario, chosen)
             return place
     return None
 
 
-def without_names(path: Path) -> None:
-    """Takes names of programs that serve nothing, command lines, users and devices out of a recording's facts."""
-    if not path.exists():
-        return
-    facts: list[dict[str, Any]] = json.loads(path.read_bytes())
+def without_names(place: Path) -> None:
+    """Takes names of programs that serve nothing, command lines, users, devices and the machine's name out of a
+    recording."""
+    _rewrite(place / "facts.json", _nameless_facts)
+    _rewrite(place / "alert.json", _nameless_payload)
+
+
+def _rewrite(path: Path, change: Callable[[Any], None]) -> None:
+    if path.exists():
+        document = json.loads(path.read_bytes())
+        change(document)
+        path.write_bytes(msgspec.json.encode(document) + b"\n")
+
+
+def _nameless_facts(facts: list[dict[str, Any]]) -> None:
     numbers: dict[str, str] = {}
     for fact in facts:
         attributes = {k: v for k, v in fact["attributes"].items() if k not in UNTOLD}
@@ -126,7 +137,13 @@ def without_names(path: Path) -> None:
             name = str(attributes["name"])
             attributes["name"] = numbers.setdefault(name, f"process-{len(numbers) + 1}")
         fact["attributes"] = attributes
-    path.write_bytes(msgspec.json.encode(facts) + b"\n")
+
+
+def _nameless_payload(payload: dict[str, Any]) -> None:
+    payload["externalURL"] = ""
+    for alert in payload["alerts"]:
+        if alert.get("generatorURL"):
+            alert["generatorURL"] = urlsplit(alert["generatorURL"])._replace(netloc="prometheus").geturl()
 
 
 def _write_truth(place: Path, run: Run, scenario: Scenario, told: Diagnosed) -> None:

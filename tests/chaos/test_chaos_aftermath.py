@@ -106,6 +106,8 @@ def looks(tmp_path: Path) -> Path:
             fact["attributes"] |= {"cmdline": "secret --of alice", "user": "alice"}
             fact["attributes"]["name"] = fact["attributes"].get("name", "") if fact["service"] else "alice-tool"
     (place / "facts.json").write_text(json.dumps(facts))
+    alert = (place / "alert.json").read_text()
+    (place / "alert.json").write_text(alert.replace("http://prometheus/", "http://alice-laptop:9090/"))
     return place.parent
 
 
@@ -117,7 +119,9 @@ def test_a_recording_of_a_run_is_read_by_evaluation_and_a_golden_incident(looks:
     out = tmp_path / "out"
     place = keep_recording(run("bad_flag"), scenario, [seen], looks, out)
     assert place == out / "auto" / "bad-flag-1"
-    assert "alice" not in (place / "facts.json").read_text()
+    assert "alice" in (looks / "inc-1-0-2" / "facts.json").read_text()
+    assert "alice" in (looks / "inc-1-0-2" / "alert.json").read_text()
+    assert not [path for path in place.glob("*.json") if "alice" in path.read_text()]
     scored = evaluate(find_cases([out]), packs)
     assert [(s.truth.service, s.service, s.pair) for s in scored] == [("orders", 1, 1)]
     assert [o.fault for o in golden.judge_all([out], packs)] == [""]
