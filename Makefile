@@ -8,9 +8,9 @@ SEED ?=
 RECORDINGS ?= ../shared/rca
 # Sets that no license allows learning from.
 UNLICENSED ?= sockshop
-# The full comparison: its results, and how many worlds at once (two CPUs bear three; docs/chaos.md).
+# The full comparison: its results, and how many worlds at once (one for each CPU; docs/chaos.md).
 RESULTS ?= build/chaos/full.jsonl
-WORLDS ?= 3
+WORLDS ?= 2
 CHAOS_FULL = --share 6 --worlds $(WORLDS) --results "$(RESULTS)" --record build/chaos/recordings $(if $(SEED),--seed $(SEED))
 
 .PHONY: help install demo serve evaluate learn test test-full lint format manifests bench chaos chaos-full lock clean
