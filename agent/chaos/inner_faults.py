@@ -97,9 +97,6 @@ class LogStorm(_UntilRestart):
     async def _begin(self) -> None:
         await put(f"{self.shop.orders}/loggers", {"level": "DEBUG"})
 
-    async def clear(self) -> None:
-        await put(f"{self.shop.orders}/loggers", {"level": "INFO"})
-
 
 @dataclass
 class Deploy:
