@@ -36,7 +36,7 @@ BUILD = Gauge("build_info", "1; its labels say which build runs", ["version"])
 
 POOL = "shop"
 FEED_STACK_BYTES = 512 * 1024
-FEED_SECONDS = 0.5
+FEED_SECONDS = 5.0
 AUDIT_SECONDS = 10.0
 DUMPED_LINES = 450  # of an answer, at the level DEBUG
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO}
