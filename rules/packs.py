@@ -70,7 +70,16 @@ class Derivation(_Strict, frozen=True, kw_only=True):
     that the situation has is used."""
 
     kind: Literal[
-        "own", "share", "difference", "calls", "per_request", "call_gap", "log_break", "log_missing", "log_error"
+        "own",
+        "share",
+        "difference",
+        "calls",
+        "per_request",
+        "call_gap",
+        "log_break",
+        "log_missing",
+        "log_error",
+        "log_new",
     ]
     of: tuple[str, ...] = ()
     minus: str = ""

@@ -7,6 +7,10 @@ began, and single events, unlike rates, show it at once.
 **Gap**: duration of a calling span minus that of the span it called in another service. Whatever the callee does is in
 both; what is left is network, queueing and connection time.
 
+**New lines**: where lines belong to no span, all that can be said is that a service writes lines of templates that it
+never wrote: how many after the onset, beyond what was to be expected, since every service writes something new now and
+then. Lines of severity error count in full, others never as strong; what a callee at any depth shows as clearly is its.
+
 **Broken log flow**: within one execution of an operation (all spans of one service below the one that another service
 called) line B nearly always followed line A, and no longer does; or a line of severity error appears that this
 operation never wrote. Callers of a broken service stop early too, so a break counts only in the deepest broken service.
@@ -28,6 +32,8 @@ from rules.packs import Signal, State
 NORMAL_PART = 0.5  # of the time before the onset: the first half is normal, the second may hold the fault already
 FOLLOWS = 0.9  # a line that follows in nine of ten executions is expected
 MIN_EXECUTIONS = 4  # in either window; fewer say nothing
+MIN_KNOWN = 20  # lines of a service before the onset, for its templates to be known
+NO_ERROR_MOST = 5.0  # scales that new lines without an error among them count at most: weak
 MAX_DEPTH = 64  # of spans within one service
 MAX_LINES = 400  # templates of one operation that are compared; the most frequent ones
 _IDS = re.compile(r"\b(?:trace|span)_?id\W{0,3}\S+\s*", re.IGNORECASE)
@@ -51,11 +57,15 @@ def template_of(message: str) -> str:
 
 
 def trace_findings(situation: Situation, signals: Mapping[str, Signal]) -> list[Finding]:
-    """Findings of the signals that are derived from spans and logs; none without spans."""
-    spans = situation.spans
-    if spans is None or not spans.start.size:
-        return []
-    found: list[Finding] = []
+    """Findings of the signals that are derived from spans and logs: without spans, of new lines alone."""
+    spans, logs = situation.spans, situation.logs
+    if spans is None or not spans.start.size or logs is None or not (logs.span >= 0).any():
+        new = _new_lines(logs, signals, situation) if logs is not None and logs.time.size else []
+        if spans is None or not spans.start.size:
+            return new
+    else:
+        new = []
+    found: list[Finding] = new
     worst: dict[str, _Break] | None = None
     slow: set[str] = set()
     kinds = {name: s.derive.kind for name, s in signals.items() if s.derive is not None}
@@ -65,10 +75,84 @@ def trace_findings(situation: Situation, signals: Mapping[str, Signal]) -> list[
             gaps = _gaps(name, signal, spans, situation)
             slow |= {f.service for f in gaps if f.state == "strong"}
             found += gaps
-        elif kind.startswith("log_") and situation.logs is not None:
-            worst = _worst_breaks(spans, situation.logs, situation) if worst is None else worst
+        elif kind in ("log_break", "log_missing", "log_error") and logs is not None:
+            worst = _worst_breaks(spans, logs, situation) if worst is None else worst
             found += _breaks(name, signal, worst, slow, _reachable(spans, situation))
     return found
+
+
+def _new_lines(logs: Logs, signals: Mapping[str, Signal], situation: Situation) -> list[Finding]:
+    """One finding a service that wrote enough before the onset to know its templates."""
+    kinds = [name for name, s in signals.items() if s.derive is not None and s.derive.kind == "log_new"]
+    if not kinds:
+        return []
+    normal, abnormal = _windows(logs.time, float(logs.time.min()), situation)
+    abnormal &= logs.time <= situation.until
+    seen = {
+        logs.services[code]: _novelty(logs, logs.service == code, normal, abnormal)
+        for code in np.unique(logs.service).tolist()
+        if (normal & (logs.service == code)).sum() >= MIN_KNOWN
+    }
+    below = _below({(a, b) for a, b in situation.topology.edges if a != b})
+    found = []
+    for name in sorted(kinds):
+        signal = signals[name]
+        z = {service: new.beyond / signal.floor for service, new in seen.items()}
+        for service, new in sorted(seen.items()):
+            of = z[service] if new.error else min(z[service], NO_ERROR_MOST)
+            bar = STRONG if of >= STRONG else WEAK
+            if any(z.get(callee, 0.0) >= bar for callee in below.get(service, set()) - {service}):
+                of = 0.0
+            series = SeriesId.of(name, {"service": service, "line": new.line})
+            found.append(_finding(series, signal, 0.0, signal.floor, new.lines, of))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """New lines after the onset, how many of them beyond what was to be expected, whether any is an error, and the most
+    frequent template among them, errors first."""
+
+    lines: float
+    beyond: float
+    error: bool
+    line: str
+
+
+def _novelty(logs: Logs, mine: BoolArray, normal: BoolArray, abnormal: BoolArray) -> _New:
+    """Lines of templates that the normal window lacks, in deviations of the count to be expected: of the second half of
+    the normal window so many lines were new to the first, which is more than are new to the whole of it."""
+    times, template = logs.time[mine], logs.template[mine]
+    before, after = normal[mine], abnormal[mine]
+    begin, end = float(times[before].min()), float(times[before].max())
+    early = before & (times < (begin + end) / 2.0)
+    usual = float((~np.isin(template[before & ~early], np.unique(template[early]))).sum())
+    length = float(np.ptp(times[after])) if after.any() else 0.0
+    expected = usual * length / max((end - begin) / 2.0, 1e-9)
+    fresh = after & ~np.isin(template, np.unique(template[before]))
+    errors = fresh & logs.error[mine]
+    told = errors if errors.any() else fresh
+    names, counts = np.unique(template[told], return_counts=True)
+    line = min(((-int(c), logs.templates[int(t)]) for t, c in zip(names, counts, strict=True)), default=(0, ""))[1]
+    lines = float((errors if errors.any() else fresh).sum())
+    beyond = max(lines - expected, 0.0) / (1.0 + expected**0.5)
+    return _New(lines, beyond, bool(errors.any()), line)
+
+
+def _below(edges: set[tuple[str, str]]) -> dict[str, set[str]]:
+    """Every service's direct and indirect callees."""
+    direct: dict[str, set[str]] = {}
+    for caller, callee in edges:
+        direct.setdefault(caller, set()).add(callee)
+    below: dict[str, set[str]] = {}
+    for service, callees in direct.items():
+        reached, frontier = set(callees), list(callees)
+        while frontier:
+            fresh = direct.get(frontier.pop(), set()) - reached
+            reached |= fresh
+            frontier += fresh
+        below[service] = reached
+    return below
 
 
 def _windows(times: FloatArray, begin: float, situation: Situation) -> tuple[BoolArray, BoolArray]:
@@ -214,21 +298,9 @@ def _executions(spans: Spans) -> IntArray:
 
 def _reachable(spans: Spans, situation: Situation) -> dict[str, set[str]]:
     """Every service's direct and indirect callees, by the topology and by the spans themselves."""
-    edges: dict[str, set[str]] = {}
-    for caller, callee in situation.topology.edges:
-        edges.setdefault(caller, set()).add(callee)
     child = np.flatnonzero(spans.parent >= 0)
-    for a, b in np.unique(np.stack([spans.service[spans.parent[child]], spans.service[child]]), axis=1).T.tolist():
-        edges.setdefault(spans.services[a], set()).add(spans.services[b])
-    below: dict[str, set[str]] = {}
-    for service in edges:
-        reached, frontier = set(edges[service]), list(edges[service])
-        while frontier:
-            fresh = edges.get(frontier.pop(), set()) - reached
-            reached |= fresh
-            frontier += fresh
-        below[service] = reached
-    return below
+    called = np.unique(np.stack([spans.service[spans.parent[child]], spans.service[child]]), axis=1).T.tolist()
+    return _below({*situation.topology.edges, *((spans.services[a], spans.services[b]) for a, b in called)})
 
 
 def _finding(series: SeriesId, signal: Signal, baseline: float, scale: float, level: float, z: float) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -256,3 +257,36 @@ def test_a_span_that_is_its_own_ancestor_ends(packs: PackSet) -> None:
 )
 def test_templates(message: str, template: str) -> None:
     assert template_of(message) == template
+
+
+def without_spans(logs: Logs, packs: PackSet) -> dict[str, Finding]:
+    bare = replace(logs, span=np.full_like(logs.span, -1))
+    found = derived_findings(situation({}, (("front", "orders"),), spans=None, logs=bare), packs)
+    return {f.service: f for f in found if f.signal == "log_new"}
+
+
+BROKEN = [(at, 0.001, ("asked", "order failed"), ("found", "cannot save")) for at in AFTER]
+
+
+def test_lines_never_seen_before_without_spans(packs: PackSet) -> None:
+    errors = frozenset({"cannot save", "order failed"})
+    _, logs = traces(CALM + BROKEN, errors)
+    found = without_spans(logs, packs)
+    assert (found["orders"].state, found["orders"].level) == ("strong", len(AFTER))
+    assert found["orders"].series.label("line") == "cannot save"
+    assert found["front"].state == "absent"  # its callee explains what it writes
+    _, quiet = traces(CALM + BROKEN)
+    assert without_spans(quiet, packs)["orders"].state == "weak"  # no error among them
+    _, calm = traces(CALM + [(at, 0.001, ("asked", "answered"), ("found", "saved")) for at in AFTER])
+    assert {f.state for f in without_spans(calm, packs).values()} == {"absent"}
+
+
+def test_who_always_writes_something_new_says_nothing_by_that(packs: PackSet) -> None:
+    lines = [(at, 0.001, ("asked", "answered"), ("found", f"odd {i}")) for i, at in enumerate(BEFORE + AFTER)]
+    _, logs = traces(lines, frozenset(f"odd {i}" for i in range(len(lines))))
+    assert without_spans(logs, packs)["orders"].state == "absent"
+
+
+def test_new_lines_are_left_to_the_spans_where_there_are_any(packs: PackSet) -> None:
+    spans, logs = traces(CALM + BROKEN, frozenset({"cannot save"}))
+    assert not [signal for signal, _ in told(spans, logs, packs) if signal == "log_new"]
