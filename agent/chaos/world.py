@@ -270,8 +270,10 @@ class ChaosWorld(World):
 
     async def _end(self) -> None:
         await super()._end()
-        for at in self.disks.values():
-            await disk.unmount(at)
+        while self.disks:
+            _, at = self.disks.popitem()
+            if at.is_mount():  # else an interrupted end has done it
+                await disk.unmount(at)
 
     async def kill_agent(self) -> None:
         """kill -9, and then a supervisor's restart: the same command over the same state. Where no agent runs, nothing
