@@ -172,7 +172,7 @@ class Situations:
         began = time.monotonic()
         request = await self._request(about, look.topology, (start, look.until))
         archive = Archive.of(self.sources, self.config.prometheus.history_seconds)
-        deploys = Deploys.of(self.sources, self.packs)
+        deploys = Deploys.of(self.sources, self.packs) if request.services else None
         seconds = self._seconds(about)
         async with asyncio.TaskGroup() as group:
             reach = group.create_task(archive.reaches(look.onset, about.tenant, seconds)) if archive else None

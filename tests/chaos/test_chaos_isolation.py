@@ -169,9 +169,11 @@ async def test_leaving_early_ends_the_child(tmp_path: Path) -> None:
     runs = runs_of(task(), place)
     first = asyncio.ensure_future(anext(runs))
     mine = psutil.Process()
+    before = {c.pid for c in mine.children(recursive=True)}  # what other tests' servers are
     while not [c for c in mine.children(recursive=True) if "agent.chaos.block" in " ".join(c.cmdline())]:
         await asyncio.sleep(0.02)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
-    assert not [c for c in mine.children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
+    left = [c for c in mine.children(recursive=True) if c.pid not in before]
+    assert not [c for c in left if c.status() != psutil.STATUS_ZOMBIE]
     assert not place.exists()
