@@ -70,6 +70,7 @@ SERIES: dict[str, str] = {
     'log_messages_total{service="s",level="info"}': "0+2x40",
     'log_messages_total{service="s",level="debug"}': "0+5x40",
     'logback_events_total{service="u",level="warn"}': "0+3x40",
+    'log4j2_events_total{service="v",level="info"}': "0+8x40",
     'process_clock_seconds{service="s"}': "100+1x40",
     'node_time_seconds{service="t"}': "0+1x40",
     'node_timex_offset_seconds{service="u"}': "-0.25x40",
@@ -141,7 +142,8 @@ EXPECTED: dict[str, dict[str, float]] = {
     "program_threads": {S: 7, '{service="u"}': 9},
     "db_pool_used_ratio": {S: 0.75, '{service="u"}': 0.5},
     "db_pool_waiting": {S: 2, '{service="u"}': 1},
-    "log_lines_rate": {S: 7, '{service="u"}': 3},
+    "log_lines_per_request": {S: 0.7, '{service="u"}': 0.75},
+    "log_lines_rate": {'{service="v"}': 8},
     "clock_offset_seconds": {S: 100, '{service="t"}': 0, '{service="u"}': 0.25},
     "builds_seen": {S: 2, '{service="u"}': 1},
     "http_client_active_requests": {D: 5},
@@ -173,7 +175,7 @@ EXPECTED: dict[str, dict[str, float]] = {
 
 def test_every_query_gives_what_its_signal_means(packs: PackSet, program: Callable[..., str], tmp_path: Path) -> None:
     queries = {
-        q.name: q.query.replace("$scope", 'service=~"s|t|u"').replace("$service", "service").replace("$rate", "10s")
+        q.name: q.query.replace("$scope", 'service=~"s|t|u|v"').replace("$service", "service").replace("$rate", "10s")
         for q in packs.queries()
         if q.source == "prometheus" and "$alert(" not in q.query  # those: tests/anyalert, on a real server
     }
