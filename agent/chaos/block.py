@@ -27,7 +27,7 @@ from agent.chaos.arms import ARMS, WITH_AGENT
 from agent.chaos.follow import Job, follow
 from agent.chaos.isolation import Keeping, Task, Told
 from agent.chaos.measure import Run
-from agent.chaos.world import ChaosWorld
+from agent.chaos.world import ChaosWorld, ClockWorld
 from agent.demo.children import WorldError
 
 BASELINE_SECONDS = 25.0  # of healthy traffic before the first fault of a world
@@ -37,7 +37,8 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1  # netdevice(7)
 
 async def runs_in_shop(arm: str, jobs: Sequence[Job], keeping: Keeping, cpu: int) -> AsyncGenerator[Run, None]:
     """Builds a shop with its arm at work and makes the jobs' runs in it. Raises WorldError."""
-    async with ChaosWorld.running(jobs[0].seed % 10_000, keeping.worlds, cpu) as world, world.browse.probing():
+    kind = ClockWorld if any(job.scenario.sets_clock for job in jobs) else ChaosWorld
+    async with kind.running(jobs[0].seed % 10_000, keeping.worlds, cpu) as world, world.browse.probing():
         world.keeps_looks = bool(keeping.record)
         async with ARMS[arm](world) as doings:
             await asyncio.sleep(BASELINE_SECONDS)

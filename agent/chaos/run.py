@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import fcntl
 import gzip
 import hashlib
@@ -136,15 +137,15 @@ def plan(
     kill_agent: bool = False,
 ) -> list[Block]:
     """All runs in order: by repetition, `share` scenarios at a time, every arm on these before the next ones; what must
-    run alone comes last in its repetition. Arms in `once` are run in the first repetition only, and so are controls in
+    run alone comes last in its repetition; a world whose clock can be set is shared with nothing else. Arms in `once` are run in the first repetition only, and so are controls in
     arms without the agent: nothing is broken there, and the comparison of arms is over what is."""
     chance = random.Random(seed)  # noqa: S311 - an order, no secret
     blocks: list[Block] = []
     for repetition in range(1, repetitions + 1):
         names = list(scenarios)
         chance.shuffle(names)
-        for alone in (False, True):
-            mine = [name for name in names if scenarios[name].exclusive is alone]
+        for alone, clock in itertools.product((False, True), repeat=2):
+            mine = [n for n in names if (scenarios[n].exclusive, scenarios[n].sets_clock) == (alone, clock)]
             for start in range(0, len(mine), share):
                 seeds = {name: chance.randrange(1 << 30) for name in mine[start : start + share]}
                 order = [arm for arm in arms if repetition == 1 or arm not in once]

@@ -87,6 +87,11 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     def faults(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(e.inject for e in self.timeline if e.inject is not None))
 
+    @property
+    def sets_clock(self) -> bool:
+        """Whether its world has to run a program under libfaketime."""
+        return "clock_skew" in self.faults
+
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
     scenarios: Mapping[Name, Scenario]

@@ -77,6 +77,7 @@ class ChaosWorld(World):
     """The shop behind its links. `autonomy` is what the agent's configuration grants ("auto" or "approve")."""
 
     injector_module = "agent.chaos.faults"
+    sets_clock = False  # whether `orders` runs under libfaketime
 
     def __init__(self, directory: Path, session: aiohttp.ClientSession, seed: int) -> None:
         super().__init__(directory, session, seed)
@@ -92,7 +93,8 @@ class ChaosWorld(World):
         self.enforceable = True
         self.disks: dict[str, Path] = {}  # small ones, by what they are for
         self.no_disks = ""  # why there are none
-        self.faketime = next((str(found) for found in sorted(Path("/usr/lib").glob(FAKETIME))), "")
+        faketime = sorted(Path("/usr/lib").glob(FAKETIME)) if self.sets_clock else ()
+        self.faketime = next(map(str, faketime), "")
 
     @property
     def state_dir(self) -> Path:
@@ -264,6 +266,8 @@ class ChaosWorld(World):
         """What this machine lacks for a fault; "" where it lacks nothing."""
         if fault in NEEDS_DISK and NEEDS_DISK[fault] not in self.disks:
             return f"there is no small disk: {self.no_disks}"
+        if fault == "clock_skew" and not self.sets_clock:
+            return "nothing in this world runs under libfaketime"
         if fault == "clock_skew" and not self.faketime:
             return "libfaketime not found: apt-get install faketime"
         return ""
@@ -296,3 +300,9 @@ class ChaosWorld(World):
             process = psutil.Process(child.pid)
             for one in (process, *process.children(recursive=True)):
                 one.send_signal(number)
+
+
+class ClockWorld(ChaosWorld):
+    """A chaos world with a clock that can be wrong. A world of its own: libfaketime takes `orders` a third of a CPU."""
+
+    sets_clock = True

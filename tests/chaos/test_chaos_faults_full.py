@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from agent.chaos.world import ChaosWorld
+from agent.chaos.world import ClockWorld
 from agent.demo.children import missing_programs
 from agent.demo.probe import degraded_at
 
@@ -29,7 +29,7 @@ DEGRADED_SECONDS, MENDED_SECONDS = 60.0, 120.0
 async def test_every_fault_breaks_the_shop_and_is_mended() -> None:
     if missing := missing_programs():
         pytest.skip("; ".join(missing))
-    async with ChaosWorld.running(11) as world, world.browse.probing():
+    async with ClockWorld.running(11) as world, world.browse.probing():
         for fault in FAULTS:
             await world.quiet(4, MENDED_SECONDS)
             settings = {"seconds": 0.0} if fault in ("names_failing", "certificate_expired", "payments_loss") else {}
