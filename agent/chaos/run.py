@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import fcntl
 import gzip
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -137,8 +137,9 @@ def plan(
     kill_agent: bool = False,
 ) -> list[Block]:
     """All runs in order: by repetition, `share` scenarios at a time, every arm on these before the next ones; what must
-    run alone comes last in its repetition; a world whose clock can be set is shared with nothing else. Arms in `once` are run in the first repetition only, and so are controls in
-    arms without the agent: nothing is broken there, and the comparison of arms is over what is."""
+    run alone comes last in its repetition, and a world whose clock can be set is shared with nothing else. Arms in
+    `once` are run in the first repetition only, and so are controls in arms without the agent: nothing is broken there,
+    and the comparison of arms is over what is."""
     chance = random.Random(seed)  # noqa: S311 - an order, no secret
     blocks: list[Block] = []
     for repetition in range(1, repetitions + 1):
