@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rules.anyalert import PARTS_OF_ALERT, with_parts
 from rules.bayes import MAX_RULE_NATS, MISSING, STATE_INDEX, SYMPTOM_ABSENT, Model, combined_confidence, posteriors
@@ -32,6 +33,7 @@ NAMED_AT_ALL = 0.5  # posterior of all candidates together: more likely than the
 TOP = 3
 CHANGED_BEFORE, CHANGED_AFTER = 6 * 3600.0, -60.0  # seconds of the onset: changes worth telling of
 MAX_CHANGES_TOLD = 10
+BATCH = 4096  # candidates weighed at a time
 _AUTONOMY = ("observe", "suggest", "approve", "auto")
 _FACT_WORDS = {
     "pid": "pid",
@@ -178,12 +180,9 @@ def _weighed(
     ]
     if not pairs:
         return ()
-    rows = np.array([row for _, row in pairs], dtype=np.intp)
-    parts = model.contributions(rows, _states(observer, model, pairs))
     boosts = np.array([_boost(packs, supports.get((s, model.causes[r]), ())) for s, r in pairs])
     symptom = SYMPTOM_ABSENT if observer.symptom().state == "absent" else 0.0
-    speaking = ((parts > 0) & model.needs[rows]).any(axis=1) | (boosts > 0)
-    evidence = parts.sum(axis=1)
+    evidence, speaking, parts = _parts(observer, model, pairs, boosts)
     named = [(service, model.causes[row]) for service, row in pairs]
     explains = explained(observer, named, evidence.tolist(), speaking.tolist())
     gains = np.array([explains[i].nats if i in explains else 0.0 for i in range(len(pairs))])
@@ -292,7 +291,7 @@ def _fire(observer: Observer, matcher: Matcher) -> tuple[dict[tuple[str, str], t
 
 
 def _leads(
-    observer: Observer, model: Model, pairs: list[tuple[str, int]], parts: FloatArray, chosen: list[int]
+    observer: Observer, model: Model, pairs: list[tuple[str, int]], parts: Mapping[int, FloatArray], chosen: list[int]
 ) -> dict[int, Lead]:
     """Who moved first: each candidate by the leading series of its defining evidence, against the alerting service."""
     clock = Clock(observer)
@@ -327,6 +326,24 @@ def _direction_told(candidate: Candidate, observer: Observer) -> list[Contributi
     told += [f"{below} of {callees} that it calls do"] * bool(callees)
     state = "travels up" if suffering and not below else "shared" if suffering else "comes from below"
     return [Contribution(evidence="direction", state=state, log_odds=0.0, text=", ".join(told))]
+
+
+def _parts(
+    observer: Observer, model: Model, pairs: list[tuple[str, int]], boosts: FloatArray
+) -> tuple[FloatArray, NDArray[np.bool_], dict[int, FloatArray]]:
+    """What the evidence says of each pair in all, for which of them anything defining or any rule speaks, and of these
+    the log ratios by column. A batch at a time: all at once would be gigabytes where there are very many services."""
+    evidence, speaking = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
+    kept: dict[int, FloatArray] = {}
+    for start in range(0, len(pairs), BATCH):
+        batch = pairs[start : start + BATCH]
+        rows = np.array([row for _, row in batch], dtype=np.intp)
+        parts = model.contributions(rows, _states(observer, model, batch))
+        here = slice(start, start + len(batch))
+        evidence[here] = parts.sum(axis=1)
+        speaking[here] = ((parts > 0) & model.needs[rows]).any(axis=1) | (boosts[here] > 0)
+        kept.update((start + i, parts[i].copy()) for i in np.flatnonzero(speaking[here]).tolist())
+    return evidence, speaking, kept
 
 
 def _states(
