@@ -43,7 +43,7 @@ from rules.packs import PackError, PackSet
 
 logger = logging.getLogger("alertmedic.gateway")
 MAX_SHADOWS: Final = 4  # live comparisons at a time; more are left out and counted
-MAX_BUDGET_SECONDS: Final = 10.0
+MAX_BUDGET_SECONDS: Final = 60.0
 NOTIFY_SECONDS: Final = 5.0
 
 

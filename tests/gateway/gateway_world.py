@@ -23,7 +23,7 @@ Open = Callable[..., Awaitable[Gateway]]
 
 def config(engine: str = "", **more: Any) -> Config:
     candidate = more.pop("candidate", Candidate(engine=f"gateway_engines:{engine}" if engine else ""))
-    section = {"recordings": RECORDINGS, "budget_seconds": 5.0, "candidate": candidate, **more}
+    section = {"recordings": RECORDINGS, "budget_seconds": 60.0, "candidate": candidate, **more}
     return msgspec.structs.replace(Config(), gateway=msgspec.structs.replace(Config().gateway, **section))
 
 

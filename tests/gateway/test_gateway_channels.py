@@ -68,7 +68,7 @@ async def test_a_difference_is_answered_recorded_and_told(open_gateway: Open) ->
     ],
 )
 async def test_b_misbehaves(engine: str, status: str, reason: str, open_gateway: Open) -> None:
-    budget = 0.3 if status == "late" else 9.0
+    budget = 0.3 if status == "late" else 60.0
     gateway = await open_gateway(engine, budget_seconds=budget, memory_bytes=768 * 1024 * 1024)
     alone = diagnose(read_recording(RECORDINGS / FAULT), gateway.packs)
     for turn in range(3):
@@ -103,7 +103,7 @@ async def test_one_that_dies_again_and_again_is_started_ever_less_often(
         await begin(self)
 
     monkeypatch.setattr(ProcessChannel, "_started", counted)
-    gateway = await open_gateway("every_other", budget_seconds=9.0)
+    gateway = await open_gateway("every_other", budget_seconds=60.0)
     said = []
     for _ in range(3):
         await process(gateway).ready()  # whatever its wait

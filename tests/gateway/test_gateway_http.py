@@ -59,7 +59,7 @@ async def call(url: str, who: str, body: Any = None) -> tuple[int, Any]:
 
 async def test_an_evaluation(world: tuple[Gateway, str]) -> None:
     _, url = world
-    asked = {"trace_id": "t-1", "recording": FAULT, "timeout_ms": 5000, "feature_flags": {"candidate": True}}
+    asked = {"trace_id": "t-1", "recording": FAULT, "timeout_ms": 60000, "feature_flags": {"candidate": True}}
     status, found = await call(f"{url}/evaluate", "reader", asked)
     assert status == 200
     assert {k: found[k] for k in ("trace_id", "recorded", "problem")} == {
@@ -114,7 +114,7 @@ async def test_the_command_line(world: tuple[Gateway, str], tmp_path: Path, caps
     import asyncio
 
     gateway, url = world
-    await call(f"{url}/evaluate", "reader", {"trace_id": "t-1", "recording": FAULT, "timeout_ms": 5000})
+    await call(f"{url}/evaluate", "reader", {"trace_id": "t-1", "recording": FAULT, "timeout_ms": 60000})
 
     async def run(*arguments: str) -> tuple[int, str]:
         code = await asyncio.to_thread(main, ["gateway", *arguments, "--state-dir", str(tmp_path / "state")])
