@@ -65,8 +65,10 @@ async def _openssl(*arguments: str) -> None:
     try:
         _, said = await asyncio.wait_for(process.communicate(), SECONDS)
     except TimeoutError as e:
-        process.kill()
-        await process.wait()
         raise WorldError(f"openssl {arguments[0]} has not ended within {SECONDS:.0f} s") from e
+    finally:  # however it was left, cancelled too
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     if process.returncode:
         raise WorldError(f"openssl {arguments[0]} failed: {said.decode(errors='replace')[-500:]}")
