@@ -29,6 +29,7 @@ POLL_SECONDS = 0.05
 RUNNING, STOPPED_STATES = "RUNNING", ("STOPPED", "EXITED", "FATAL", "UNKNOWN")
 ALIVE_STATES = ("STARTING", "RUNNING", "STOPPING")
 NOT_RUNNING_FAULT, ALREADY_STARTED_FAULT = 70, 60
+SPAWN_ERROR_FAULT = 50  # also for a program that was gone before the call returned; supervisord tries it again
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -102,12 +103,12 @@ def run(supervisor: Any, program: str, pid: int, start: int, seconds: float) -> 
         _say({"refused": f"{program} runs as pid {before['pid']} now, planned was pid {pid}"})
         return NOTHING_DONE
     if before["statename"] not in STOPPED_STATES:
-        _call(lambda: supervisor.stopProcess(program, False), NOT_RUNNING_FAULT)
+        _call(lambda: supervisor.stopProcess(program, False), (NOT_RUNNING_FAULT,))
         stopped = settle(supervisor, program, STOPPED_STATES, deadline)
         if stopped["statename"] not in STOPPED_STATES:
             _say({"failed": f"{program} did not stop: {stopped['statename']}"})
             return FAILED
-    _call(lambda: supervisor.startProcess(program, False), ALREADY_STARTED_FAULT)
+    _call(lambda: supervisor.startProcess(program, False), (ALREADY_STARTED_FAULT, SPAWN_ERROR_FAULT))
     after = settle(supervisor, program, (RUNNING, "FATAL", "EXITED"), deadline)
     _say({"program": program, "before": _brief(before), "after": _brief(after)})
     return DONE if after["statename"] == RUNNING else FAILED
@@ -122,11 +123,11 @@ def check(supervisor: Any, program: str, pid: int, start: int, seconds: float) -
     return FAILED if info["statename"] in STOPPED_STATES else CANNOT_TELL
 
 
-def _call(call: Callable[[], Any], harmless_fault: int) -> None:
+def _call(call: Callable[[], Any], borne: tuple[int, ...]) -> None:
     try:
         call()
     except xmlrpc.client.Fault as fault:
-        if fault.faultCode != harmless_fault:
+        if fault.faultCode not in borne:
             raise
 
 
