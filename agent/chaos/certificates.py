@@ -6,14 +6,11 @@ nothing of it is trusted by anybody but the shop.
 
 from __future__ import annotations
 
-import asyncio
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.demo.children import WorldError, bare_environment
+from agent.demo.children import run_to_end
 
-SECONDS = 20.0
 KEY = ("ecparam", "-name", "prime256v1", "-genkey", "-noout")
 
 
@@ -52,23 +49,4 @@ async def make(place: Path, name: str) -> Certificates:
 
 
 async def _openssl(*arguments: str) -> None:
-    program = shutil.which("openssl")
-    if program is None:
-        raise WorldError("openssl not found: apt-get install openssl")
-    process = await asyncio.create_subprocess_exec(
-        *(program, *arguments),
-        env=bare_environment(),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        _, said = await asyncio.wait_for(process.communicate(), SECONDS)
-    except TimeoutError as e:
-        raise WorldError(f"openssl {arguments[0]} has not ended within {SECONDS:.0f} s") from e
-    finally:  # however it was left, cancelled too
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise WorldError(f"openssl {arguments[0]} failed: {said.decode(errors='replace')[-500:]}")
+    await run_to_end("openssl", "openssl", *arguments)

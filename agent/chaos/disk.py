@@ -7,15 +7,13 @@ there are no small disks.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
 from pathlib import Path
 
-from agent.demo.children import WorldError, bare_environment
+from agent.demo.children import bare_environment, run_to_end
 
-SECONDS = 20.0
 PIECE_BYTES = 256 * 1024
 
 
@@ -25,25 +23,22 @@ def obstacle() -> str:
         return "only root may mount"
     if os.getpid() != 1:
         return "a mount would outlive the world, which has no namespaces of its own"
-    missing = [p for p in ("mkfs.ext4", "mount", "umount") if _find(p) is None]
+    path = bare_environment()["PATH"]
+    missing = [program for program in ("mkfs.ext4", "mount", "umount") if shutil.which(program, path=path) is None]
     return f"{', '.join(missing)} not found: apt-get install e2fsprogs mount" if missing else ""
-
-
-def _find(program: str) -> str | None:
-    return shutil.which(program, path=bare_environment()["PATH"])
 
 
 async def mount(image: Path, at: Path, megabytes: int) -> None:
     """A new ext4 of that size at `at`. Raises WorldError."""
     with image.open("xb") as file:
         file.truncate(megabytes * 1024 * 1024)
-    await _run("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image))
-    await _run("mount", "-o", "loop,nodev,nosuid,noexec", str(image), str(at))
+    await run_to_end("e2fsprogs", "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image))
+    await run_to_end("mount", "mount", "-o", "loop,nodev,nosuid,noexec", str(image), str(at))
 
 
 async def unmount(at: Path) -> None:
     """At once for everybody who looks, and for good when the last file on it is closed. Raises WorldError."""
-    await _run("umount", "--lazy", str(at))
+    await run_to_end("mount", "umount", "--lazy", str(at))
 
 
 def fill(file: Path, most: int | None = None) -> int:
@@ -59,26 +54,3 @@ def fill(file: Path, most: int | None = None) -> int:
                     raise
                 piece //= 2
     return written
-
-
-async def _run(program: str, *arguments: str) -> None:
-    path = _find(program)
-    if path is None:
-        raise WorldError(f"{program} not found: {obstacle()}")
-    process = await asyncio.create_subprocess_exec(
-        *(path, *arguments),
-        env=bare_environment(),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        _, said = await asyncio.wait_for(process.communicate(), SECONDS)
-    except TimeoutError as e:
-        raise WorldError(f"{program} has not ended within {SECONDS:.0f} s") from e
-    finally:  # however it was left, cancelled too
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise WorldError(f"{program} {' '.join(arguments)} failed: {said.decode(errors='replace')[-500:]}")

@@ -1,8 +1,8 @@
 """Child processes of the demo world: found, started, watched, and ended whatever happens.
 
-Used by `agent.demo.world` only. Every child gets an environment of its own (never the driver's), a log file, and a
-parent-death signal where the system has `setpriv`, so that nothing outlives even a killed driver. It never starts a
-service of the system and never looks for processes by name.
+Used by the demo world, and by the chaos worlds that are built upon it. Every child gets an environment of its own
+(never the driver's), a log file, and a parent-death signal where the system has `setpriv`, so that nothing outlives even a
+killed driver. It never starts a service of the system and never looks for processes by name.
 """
 
 from __future__ import annotations
@@ -111,6 +111,28 @@ def set_session_priority(pid: int, nice: int) -> None:
 def bare_environment() -> dict[str, str]:
     """A fresh environment of a system service: nothing of the driver's."""
     return {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"}
+
+
+async def run_to_end(package: str, program: str, *arguments: str, seconds: float = 20.0) -> None:
+    """Runs a tool and waits until it has ended well. It is killed when that takes too long, and when the wait is
+    cancelled. Raises WorldError; `package` is the one of Debian that brings the tool."""
+    path = shutil.which(program, path=bare_environment()["PATH"])
+    if path is None:
+        raise WorldError(f"{program} not found: apt-get install {package}")
+    pipes = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        *(path, *arguments), env=bare_environment(), stdin=pipes, stdout=pipes, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        _, said = await asyncio.wait_for(process.communicate(), seconds)
+    except TimeoutError as e:
+        raise WorldError(f"{program} {arguments[0]} has not ended within {seconds:.0f} s") from e
+    finally:  # however it was left, cancelled too
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise WorldError(f"{program} {' '.join(arguments)} failed: {said.decode(errors='replace')[-500:]}")
 
 
 class Child:
