@@ -1,8 +1,8 @@
 """Child processes of the demo world: found, started, watched, and ended whatever happens.
 
-Used by the demo world, and by the chaos worlds that are built upon it. Every child gets an environment of its own
-(never the driver's), a log file, and a parent-death signal where the system has `setpriv`, so that nothing outlives even a
-killed driver. It never starts a service of the system and never looks for processes by name.
+Used by the demo world, and by the chaos worlds that are built upon it. Every child gets its own environment (never the
+driver's), a log file, and a parent-death signal where the system has `setpriv`, so that nothing outlives even a killed
+driver. It never starts a service of the system and never looks for processes by name.
 """
 
 from __future__ import annotations
