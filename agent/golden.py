@@ -24,8 +24,9 @@ from typing import Literal
 
 import msgspec
 
+from agent.engines import RULES, Engine, diagnosed
 from agent.sources.recorded import RecordingError, read_recording
-from rules.diagnose import TOP, diagnose
+from rules.diagnose import TOP
 from rules.model import Diagnosis, Hypothesis, Situation
 from rules.packs import PackSet
 
@@ -104,19 +105,22 @@ def read(directory: Path) -> Golden:
     return Golden(directory, expected, read_recording(directory))
 
 
-def judge(golden: Golden, packs: PackSet) -> Outcome:
-    """Diagnoses the incident and compares."""
+def judge(golden: Golden, packs: PackSet, engine: Engine | None = None) -> Outcome:
+    """Diagnoses the incident, its rules run by `engine` (None: the built-in one), and compares. An engine that did not
+    answer is a fault, whatever the ranking without rules is."""
     places = len(golden.expected.ranking)
-    diagnosis = diagnose(golden.situation, packs, max(TOP, places))
-    return Outcome(golden.name, golden.directory, difference(golden.expected, diagnosis))
+    diagnosis = diagnosed(golden.situation, packs, max(TOP, places), engine)
+    silent = diagnosis.missing.get(RULES, "") if engine is not None else ""
+    fault = f"the rules were not run: {silent}" if silent else difference(golden.expected, diagnosis)
+    return Outcome(golden.name, golden.directory, fault)
 
 
-def judge_all(directories: Sequence[Path], packs: PackSet) -> tuple[Outcome, ...]:
+def judge_all(directories: Sequence[Path], packs: PackSet, engine: Engine | None = None) -> tuple[Outcome, ...]:
     """Every golden incident under the directories; one that cannot be read is a fault of its own."""
     outcomes = []
     for directory in find(directories):
         try:
-            outcomes.append(judge(read(directory), packs))
+            outcomes.append(judge(read(directory), packs, engine))
         except RecordingError as error:
             outcomes.append(Outcome(directory.name, directory, str(error)))
     return tuple(outcomes)

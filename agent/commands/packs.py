@@ -121,14 +121,22 @@ def lint(config: Config, dirs: tuple[Path, ...], *, as_json: bool) -> Exit:
 
 
 def test(config: Config, dirs: tuple[Path, ...], *, as_json: bool) -> Exit:
-    """`lint`, and then the golden incidents: the shipped ones and those in `golden` of each directory of packs."""
+    """`lint`, and then the golden incidents: the shipped ones and those in `golden` of each directory of packs, their
+    rules run by the configured engine."""
     from agent import golden
+    from agent.engines import EngineError, engine_for
 
     given = _with(config, dirs)
     faults = _faults(config, dirs)
     outcomes: tuple[Outcome, ...] = ()
     if not faults:
-        outcomes = golden.judge_all([golden.shipped(), *(d / "golden" for d in given.packs.dirs)], load(given))
+        packs = load(given)
+        try:
+            with engine_for(config.packs.engine, packs) as engine:
+                directories = [golden.shipped(), *(d / "golden" for d in given.packs.dirs)]
+                outcomes = golden.judge_all(directories, packs, engine)
+        except EngineError as error:
+            raise CommandError(str(error), "set packs.engine: builtin") from error
     failed = [o for o in outcomes if o.fault]
     if as_json:
         golden_json = [{"name": o.name, "passed": not o.fault, "reason": o.fault} for o in outcomes]

@@ -51,9 +51,9 @@ def record(
 ) -> Exit:
     """Writes the recording into `out` (default: a directory named by the incident). `expect` (`CAUSE@SERVICE`) makes a
     golden incident of it."""
+    from agent.engines import EngineError, diagnosed, engine_for
     from agent.packs import load_packs
     from agent.sources.recorded import read_recording, write_recording
-    from rules.diagnose import diagnose
 
     if not config.prometheus.url:
         raise CommandError("record: no Prometheus is configured", "set prometheus.url, or ALERTMEDIC_PROMETHEUS__URL")
@@ -75,7 +75,12 @@ def record(
         place = {"service": service, "cause": cause}
         golden = {"verdict": "ranked", "ranking": [place]}
         (directory / "expected.json").write_bytes(msgspec.json.encode(golden) + b"\n")
-    _tell(directory, situation, diagnose(read_recording(directory), packs), incident, as_json=as_json)
+    try:
+        with engine_for(config.packs.engine, packs) as engine:
+            diagnosis = diagnosed(read_recording(directory), packs, engine=engine)
+    except EngineError as error:
+        raise CommandError(str(error), f"set packs.engine: builtin; the recording is in {directory}") from error
+    _tell(directory, situation, diagnosis, incident, as_json=as_json)
     return Exit.OK
 
 

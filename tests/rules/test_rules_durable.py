@@ -140,6 +140,41 @@ def test_the_commands_run_the_configured_engine(installed: None, tmp_path: Path)
     assert answers[0] == answers[1]
 
 
+def test_golden_incidents_are_judged_by_the_engine(shipped: durable_engine.Durable, packs: PackSet) -> None:
+    from agent import golden as golden_incidents
+
+    directory = golden_incidents.find([golden_incidents.shipped()])[0]
+    incident = golden_incidents.read(directory)
+    assert golden_incidents.judge(incident, packs, shipped).fault == ""
+    silent = SilentEngine()
+    assert golden_incidents.judge(incident, packs, silent).fault == "the rules were not run: no answer"
+
+
+class SilentEngine:
+    def match(self, records: Mapping[str, Sequence[Record]]) -> tuple[Fired, ...]:
+        raise EngineError("no answer")
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("engine", ["builtin", "durable"])
+def test_packs_test_runs_the_configured_engine(installed: None, tmp_path: Path, engine: str) -> None:
+    """Where the engine's child cannot be started, only the built-in engine passes."""
+    code = (
+        "import sys, pathlib; from agent.engines import durable; durable.CHILD = pathlib.Path(sys.argv.pop(1)); "
+        "from agent.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    child, environment = tmp_path / "child.py", {**os.environ, "ALERTMEDIC_PACKS__ENGINE": engine}
+    child.write_text("import sys; sys.exit(3)")
+    passed = []
+    for script in (durable_engine.CHILD, child):
+        command = [sys.executable, "-c", code, str(script), "packs", "test", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+        answer = json.loads(done.stdout)
+        passed.append((done.returncode == 0, answer["ok"], all(g["passed"] for g in answer["golden"])))
+    assert passed == [(True,) * 3, (engine == "builtin",) * 3]
+
+
 PAIR = Rule(
     title="the same record at both places",
     when=(
