@@ -48,7 +48,7 @@ ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 USER = re.compile(r"[a-z_][a-z0-9_-]*")
 SIZE = re.compile(r"([0-9]+)(B|KiB|MiB|GiB)?")
 _UNITS = {None: 1, "B": 1, "KiB": 1024, "MiB": MIB, "GiB": 1024 * MIB}
-_SHELLS = frozenset(
+SHELLS = frozenset(
     {"sh", "ash", "bash", "rbash", "dash", "zsh", "ksh", "mksh", "fish", "csh", "tcsh", "pwsh", "busybox"}
     | {"env", "eval", "ssh", "su", "watch", "script", "parallel"}
 )
@@ -529,7 +529,7 @@ def _check_program(argv: tuple[str, ...], where: str, faults: list[str]) -> None
     program = argv[0]
     if placeholders([program]) and program != "{python}":
         faults.append(f"{where}[0]: the program may not come from a parameter")
-    if program.rsplit("/", 1)[-1] in _SHELLS:
+    if program.rsplit("/", 1)[-1] in SHELLS:
         faults.append(f"{where}[0]: {program} would parse what it is given; name the program itself")
     own: Sequence[str] = ()
     if program == "{python}":

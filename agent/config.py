@@ -14,6 +14,7 @@ A mapping of the file is a struct here: its fields are its keys; what has no def
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -291,6 +292,10 @@ class Sandbox(Struct, frozen=True, kw_only=True):
     total: Totals = Totals()
 
 
+DiagnosticName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z", max_length=63)]
+Word = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=256)]
+
+
 class Kubernetes(Struct, frozen=True, kw_only=True):
     """The API server that evidence comes from and actions go to. The defaults are what a pod finds in itself."""
 
@@ -303,6 +308,8 @@ class Kubernetes(Struct, frozen=True, kw_only=True):
     nodes: bool = False  # look at nodes too; they are cluster-wide objects
     timeout_seconds: Seconds = 10.0
     max_objects: Count = 50_000  # of one kind that are kept in memory; more: this kind is reported as missing
+    # What kubernetes.diagnose may run in a container, by name: argument lists.
+    diagnostics: Mapping[DiagnosticName, tuple[Word, ...]] = {}
 
     @property
     def reach(self) -> dict[str, str]:
@@ -312,6 +319,8 @@ class Kubernetes(Struct, frozen=True, kw_only=True):
             "kubernetes_token_file": str(self.token_file),
             "kubernetes_ca_file": str(self.ca_file),
         }
+        if self.diagnostics:
+            found["kubernetes_diagnostics"] = json.dumps(self.diagnostics)
         return found | ({"kubernetes_namespaces": ",".join(self.namespaces)} if self.namespaces else {})
 
     def covers(self, subject: str) -> bool:

@@ -11,12 +11,14 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
+from actions.catalog import SHELLS
 from agent.strict import Document
 
 if TYPE_CHECKING:
     from agent.config import ClientTls, Config, MaintenanceWindow
 
 MAX_POINTS = 11_000  # Prometheus refuses a range query with more points a series
+MAX_DIAGNOSTICS = 4096  # characters; they are one element of an argument list
 
 
 def check(config: Config, document: Document) -> None:
@@ -25,6 +27,7 @@ def check(config: Config, document: Document) -> None:
     _listening(config, document)
     _service_graph(config, document)
     _inventory(config, document)
+    _diagnostics(config, document)
     _limits(config, document)
     _protected(config, document)
     for i, window in enumerate(config.guard.maintenance):
@@ -139,6 +142,19 @@ def _inventory(config: Config, document: Document) -> None:
             )
         if problem := _dsn_problem(entry.pg_dsn):
             document.fault(f"{key}.pg_dsn", *problem)
+
+
+def _diagnostics(config: Config, document: Document) -> None:
+    for name, argv in config.kubernetes.diagnostics.items():
+        program = argv[0].rsplit("/", 1)[-1] if argv else ""
+        if not argv:
+            document.fault(f"kubernetes.diagnostics.{name}", "empty", "write the program and its arguments as a list")
+        elif program in SHELLS:
+            hint = "name the program itself"
+            document.fault(f"kubernetes.diagnostics.{name}", f"{program} would parse what it is given", hint)
+    if len(config.kubernetes.reach.get("kubernetes_diagnostics", "")) > MAX_DIAGNOSTICS:
+        hint = "shorten them, or remove some"
+        document.fault("kubernetes.diagnostics", f"more than {MAX_DIAGNOSTICS} characters as JSON", hint)
 
 
 def _dsn_problem(dsn: str) -> tuple[str, str] | None:

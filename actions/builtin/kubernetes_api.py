@@ -1,6 +1,6 @@
 """The API server as the shipped Kubernetes actions speak to it: one request at a time, over http.client.
 
-Used by `actions.builtin.kubernetes` and `actions.builtin.kubernetes_pods`. http.client only: these programs get a
+Used by the other `actions.builtin.kubernetes*`. http.client only: these programs get a
 quarter of a CPU, and importing a Kubernetes client would take most of their time. It follows no redirect and reads no
 proxy, kubeconfig or environment: address, token and certificate authority are arguments, so they are in the plan. The
 token is read again for every request, since it rotates. Every change is made as field manager `alertmedic`, checked
@@ -15,7 +15,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ SYSTEM_NAMESPACES = frozenset({"kube-system", "kube-public", "kube-node-lease"})
 STRATEGIC = "application/strategic-merge-patch+json"
 
 Document = dict[str, Any]
+Query = dict[str, str] | Sequence[tuple[str, str]]
 
 # Our word for a kind -> path of its API group, resource, kind as owner references spell it.
 KINDS: dict[str, tuple[str, str, str]] = {
@@ -151,9 +152,18 @@ class Api:
                 if error.status != 410 or not again:
                     raise
 
-    def text(self, path: str, query: dict[str, str]) -> str:
+    def text(self, path: str, query: Query) -> str:
         """A plain text answer, as logs are."""
         return self._request("GET", path, None, query)[1].decode(errors="replace")
+
+    def upgrade(self, path: str, query: Sequence[tuple[str, str]]) -> tuple[str, dict[str, str], ssl.SSLContext]:
+        """(URL, headers, TLS context) with which a WebSocket is opened to the same server, as the same account."""
+        authority = f"[{self._host}]" if ":" in self._host else self._host
+        target = f"wss://{authority}:{self._port}{self._prefix}{path}?{urlencode(query)}"
+        return target, self._headers(), self._context
+
+    def _headers(self) -> dict[str, str]:
+        return {"User-Agent": MANAGER, "Authorization": f"Bearer {self._token_file.read_text().strip()}"}
 
     def call(
         self, method: str, path: str, body: Document | None = None, *, dry_run: bool = False,
@@ -182,12 +192,8 @@ class Api:
             raise ApiError(f"{method} {path}: the answer is no JSON object", status)
         return answer
 
-    def _request(self, method: str, path: str, body: Document | None, query: dict[str, str]) -> tuple[int, bytes]:
-        headers = {
-            "Accept": "application/json",
-            "User-Agent": MANAGER,
-            "Authorization": f"Bearer {self._token_file.read_text().strip()}",
-        }
+    def _request(self, method: str, path: str, body: Document | None, query: Query) -> tuple[int, bytes]:
+        headers = {"Accept": "application/json", **self._headers()}
         if body is not None:
             headers["Content-Type"] = STRATEGIC if method == "PATCH" else "application/json"
         target = f"{self._prefix}{path}" + (f"?{urlencode(query)}" if query else "")
@@ -235,6 +241,10 @@ def _path(name: Name) -> str:
 
 def log_path(name: Name) -> str:
     return f"{_path(name)}/log"
+
+
+def exec_path(name: Name) -> str:
+    return f"{_path(name)}/exec"
 
 
 def own_pod() -> tuple[str, str]:

@@ -73,6 +73,7 @@ SHIPPED = {
     "kubernetes.drain",
     "kubernetes.evict_pod",
     "kubernetes.capture",
+    "kubernetes.diagnose",
 }
 
 

@@ -35,10 +35,19 @@ class Answer(Exception):  # noqa: N818
 
 
 def apiserver_program() -> Path:
+    return _built("kube-apiserver")
+
+
+def kubelet_program() -> Path:
+    """What answers pods/exec: tests/kubernetes/apiserver/kubelet."""
+    return _built("kubelet")
+
+
+def _built(program: str) -> Path:
     modules = (Path(__file__).parent / "apiserver" / "go.mod").read_text()
     found = re.search(r"k8s\.io/kubernetes (v[0-9.]+)", modules)
     assert found
-    path = TOOLS / f"kube-apiserver-{found[1]}"
+    path = TOOLS / f"{program}-{found[1]}"
     if path.exists():
         return path
     message = f"{path} is not built: run tools/build-apiserver"

@@ -19,7 +19,7 @@ from cluster import Cluster, apiserver_program
 
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "AlertmanagerConfig", "HTTPRoute"}
 # Namespace of the release -> its value set.
-RELEASES = {"ops": "actions", "wide": "cluster", "plain": "default", "single": "one-action"}
+RELEASES = {"ops": "actions", "wide": "cluster", "plain": "default", "single": "one-action", "doctor": "diagnose"}
 
 
 def apply(cluster: Cluster, namespace: str, values: str) -> None:

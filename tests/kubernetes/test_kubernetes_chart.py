@@ -45,6 +45,7 @@ GRANTS: dict[str, dict[str, dict[str, set[str]]]] = {
     "suspendCronjob": {"batch": {"cronjobs": {"get", "patch"}}},
     "setConfig": {"": {"configmaps": {"get", "patch"}}},
     "capture": {"": {"pods": {"get"}, "pods/log": {"get"}, "events": {"list"}}},
+    "diagnose": {"": {"pods": {"get"}, "pods/exec": {"get", "create"}}},
     "cordon": NODE,
     "drain": {"": {"nodes": {"get", "patch"}, "pods": {"get", "list"}, "pods/eviction": {"create"}}},
 }
@@ -153,7 +154,8 @@ def test_rbac_has_no_wildcard_no_secret_and_no_escalation(name: str) -> None:
             assert "nonResourceURLs" not in rule
             every = [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
             assert not any("*" in word for word in every), role["metadata"]["name"]
-            assert not {"secrets", "serviceaccounts", "pods/exec", "pods/attach"} & set(rule["resources"])
+            assert not {"secrets", "serviceaccounts", "pods/attach"} & set(rule["resources"])
+            assert "pods/exec" not in rule["resources"] or name == "diagnose"
             assert not {"bind", "escalate", "impersonate", "delete", "deletecollection", "update"} & set(rule["verbs"])
 
 
@@ -177,7 +179,7 @@ def test_without_the_api_server_there_is_no_role_and_no_token() -> None:
 def test_an_action_adds_exactly_what_it_needs(action: str) -> None:
     names = "kubernetes.setConfigNames={flags}" if action == "setConfig" else "kubernetes.setConfigNames=null"
     text = template(helm(), "--set", f"kubernetes.evidence=false,kubernetes.actions.{action}=true,{names}",
-                    "--set", "kubernetes.namespaces={shop}")  # fmt: skip
+                    "--set", "kubernetes.namespaces={shop},kubernetes.diagnostics.dump={jcmd}")  # fmt: skip
     items = objects(text)
     assert granted(kinds(items, "Role", "ClusterRole")) == GRANTS[action]
     on_nodes = action in ("cordon", "drain")
@@ -204,6 +206,9 @@ def test_every_action_of_the_chart_is_in_the_table() -> None:
         ("image.tagg=1", "tagg"),
         ("kubernetes.actions.root=true", "root"),
         ("kubernetes.actions.setConfig=true", "setConfigNames"),
+        ("kubernetes.actions.diagnose=true", "diagnostics"),
+        ("kubernetes.diagnostics.dump=jcmd 1 Thread.print", "diagnostics"),
+        ("kubernetes.diagnostics.Dump={jcmd}", "diagnostics"),
         ("kubernetes.clusterWide=true,kubernetes.namespaces={shop}", "namespaces"),
         ("sandbox.mode=off", "mode"),
         ("sandbox.mode=required", "writableCgroup"),

@@ -130,6 +130,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   resources: [events]
   verbs: [list]
 {{- end }}
+{{- if $a.diagnose }}
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get]
+# A WebSocket begins with a GET, which is `get` here; from Kubernetes 1.35 on the server asks for `create` as well.
+- apiGroups: [""]
+  resources: [pods/exec]
+  verbs: [get, create]
+{{- end }}
 {{- end -}}
 
 {{/* Rules of the ClusterRole for nodes. */}}
@@ -191,6 +200,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if include "alertmedic.usesApi" . }}
 {{- $k := dict "enabled" true "evidence" .Values.kubernetes.evidence "nodes" .Values.kubernetes.nodes }}
 {{- if not .Values.kubernetes.clusterWide }}{{ $_ := set $k "namespaces" (include "alertmedic.namespaces" . | fromJsonArray) }}{{ end }}
+{{- if .Values.kubernetes.actions.diagnose }}{{ $_ := set $k "diagnostics" .Values.kubernetes.diagnostics }}{{ end }}
 {{- $_ := set $base "kubernetes" $k }}
 {{- end -}}
 {{- toYaml (mergeOverwrite $base (deepCopy .Values.config)) -}}
