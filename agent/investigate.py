@@ -188,12 +188,22 @@ class Investigation:
             looks = self.config.investigate.rounds + STALE_LOOKS
             if plan.reason is Refusal.STALE_EVIDENCE and incident.rounds < looks:
                 return await self._again(incident, due, "the evidence had grown old")
+            if again and plan.reason is Refusal.NO_PROPOSAL and self._weak(diagnosis):
+                return await self._again(incident, due, f"no remedy, and little speaks for {diagnosis.best.cause} yet")
             await self._decline(incident, plan)
             return None
         if again and WEAK & set(plan.demoted_by):
             return await self._again(incident, due, "no hypothesis stands clear enough")
         await self._plan(incident, plan)
         return None
+
+    def _weak(self, diagnosis: Diagnosis) -> bool:
+        """Whether a better explanation may still show: the best cause only says where the trouble is (it is of a pack
+        that is asked where no other explains anything), or stands less clear than would be acted upon."""
+        best, guard = diagnosis.best, self.config.guard
+        if best is None or best.cause in self.packs.fallback_causes:
+            return True
+        return best.posterior < guard.min_posterior or diagnosis.margin < guard.min_margin
 
     async def _plan(self, incident: Incident, plan: Plan) -> None:
         state = {"auto": _I.ACTING, "approve": _I.AWAITING_APPROVAL}.get(plan.autonomy, _I.SUGGESTED)

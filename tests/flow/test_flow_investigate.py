@@ -14,6 +14,7 @@ from actions.model import Declined, Refusal, StepMoved, StepState
 from agent.fold_model import IncidentState
 from agent.journal.records import Diagnosed, IncidentMoved, StepRecorded
 from agent.journal.wal import JournalUnavailable
+from agent.packs import load_packs
 from rules.model import Diagnosis, Hypothesis
 from rules.verify import Verdict
 
@@ -207,6 +208,43 @@ async def test_evidence_that_is_always_too_old_ends_in_a_persons_hands(world: Wo
         await world.moved(id, "diagnosed")
     assert world.incident(id).state is _I.DECLINED
     assert world.incident(id).rounds <= world.config.investigate.rounds + 2
+
+
+# cause, posterior of it and of the next: whether a better explanation may still show
+WITHOUT_REMEDY = {
+    "stands clear": ("postgres.slow", 0.9, 0.05, False),
+    "less likely than would be acted upon": ("postgres.slow", 0.55, 0.05, True),
+    "the next is close": ("postgres.slow", 0.61, 0.45, True),
+    "only says where": ("alert.one_part", 0.95, 0.01, True),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_REMEDY)
+async def test_a_cause_without_remedy_ends_the_looks_only_where_it_is_well_supported(world: World, case: str) -> None:
+    cause, first, second, weak = WITHOUT_REMEDY[case]
+    world.investigation.packs = load_packs()
+    id = await world.alert()
+    await world.moved(id, "investigating", "diagnosed")
+    world.remediation.plan = Declined(reason=Refusal.NO_PROPOSAL, detail="no safe remedy is known")
+    ranked = tuple(
+        Hypothesis(cause=c, service="front", fault="f", title=c, posterior=p, confidence=p)
+        for c, p in ((cause, first), ("other", second))
+    )
+    looks = 1
+    while True:
+        told = Diagnosis(verdict="ranked", hypotheses=ranked)
+        await world.store.record(Diagnosed(at=world.now, incident=id, diagnosis=told, evidence_at=world.now))
+        due = await world.investigation._diagnosed(world.incident(id))
+        if world.incident(id).state is _I.DECLINED:
+            break
+        assert due == world.now + world.config.investigate.round_seconds  # not at once: it has to have time to show
+        world.now = due
+        await world.investigation._diagnosed(world.incident(id))
+        assert world.incident(id).state is _I.INVESTIGATING
+        await world.moved(id, "diagnosed")
+        looks += 1
+    assert looks == (world.config.investigate.rounds if weak else 1)
+    assert world.incident(id).refusal is Refusal.NO_PROPOSAL
 
 
 async def test_what_joins_while_it_is_being_healed_is_not_closed_with_it(world: World) -> None:
