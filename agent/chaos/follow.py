@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 
@@ -31,6 +31,7 @@ AFTERWARDS_SECONDS = 45.0  # for an agent to close its incidents once the shop i
 KILL_WITHIN_SECONDS = 6.0  # an alert is usually followed by a recovery within this time
 CONTROL_SECONDS = 20.0  # to watch on after the last event of a scenario in which nothing gets worse
 _Touched = tuple[str, str]
+_Ranking = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Follower:
     killed: float | None = None
     impossible: str = ""  # why a fault could not be injected at all
     incidents: list[dict[str, Any]] = field(default_factory=list)
+    rankings: Rankings = field(default_factory=lambda: Rankings())
 
     async def until_over(self, timeline: asyncio.Task[None]) -> None:
         """Polls until the shop has recovered for good (and the agent has closed its incidents), or the cap."""
@@ -74,8 +76,9 @@ class Follower:
             self.world.check()
             if timeline.done():
                 timeline.result()
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
-                await self._look()
+            for look in (self._look_at_alerts, self._look_at_agent):  # one that hangs hides nothing of the other
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+                    await look()
             now = time.time()
             if now > self.began + CAP_SECONDS + AFTERWARDS_SECONDS:
                 return
@@ -98,14 +101,17 @@ class Follower:
     def _closed(self) -> bool:
         return self.job.arm not in WITH_AGENT or all(i["state"] in FINAL_STATES for i in self.incidents)
 
-    async def _look(self) -> None:
+    async def _look_at_alerts(self) -> None:
         for name, since in (await self.world.alerts()).items():
             if since >= self.began - 1.0:
                 self.alerts.setdefault(name, time.time())
                 self.alerted.set()
+
+    async def _look_at_agent(self) -> None:
         if self.job.arm in WITH_AGENT:
             found = await self.world.agent_incidents()
             self.incidents = sorted((i for i in found if i["id"] not in self.known), key=lambda i: i["opened_at"])
+            self.rankings.see(self.incidents)
             now = time.time()
             if self.incidents:
                 self.acknowledged = self.acknowledged or now
@@ -122,7 +128,7 @@ class Follower:
         acted_at = min(
             [at for at, what, _ in self.doings.done if at >= self.began and what != "approval"], default=None
         )
-        top = _top(self.incidents)
+        top = self.rankings.judged(self.incidents)
         rank = next((n for n, (c, s) in enumerate(top, 1) if scenario.truth.names(c, s)), None)
         recovered = self._recovered(probes)
         acts = touched or done
@@ -292,8 +298,41 @@ def _states(incident: dict[str, Any]) -> list[str]:
     return [step["state"] for step in (incident["plan"] or {"steps": ()})["steps"]]
 
 
-def _top(incidents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The hypotheses of the incident that was acted upon, else of the first that has any, best first."""
-    acted = [i for i in incidents if _touched(i)]
-    ranked = [i for i in (*acted, *incidents) if _ranked(i)]
-    return [(h["cause"], h["service"]) for h in ranked[0]["hypotheses"]] if ranked else []
+@dataclass
+class Rankings:
+    """The rankings that the agent told while it was watched: (cause, service), best first. It may look again after it
+    has acted, at a world that its own action changed: what counts is the ranking that its first action rests on."""
+
+    newest: dict[str, list[_Ranking]] = field(default_factory=dict)  # by incident, each that differs from the last
+    acted_on: dict[str, _Ranking] = field(default_factory=dict)  # by incident, in the order of the first actions
+
+    def see(self, incidents: Sequence[dict[str, Any]]) -> None:
+        """What the agent's API tells now. Seen often, so that no ranking comes and goes unseen."""
+        for incident in incidents:
+            id, told = incident["id"], self.newest.setdefault(incident["id"], [])
+            ranking = tuple((h["cause"], h["service"]) for h in incident["hypotheses"]) if _ranked(incident) else ()
+            if ranking and ranking not in told[-1:]:
+                told.append(ranking)
+            if id not in self.acted_on and (first := _first_plan(incident)) is not None:
+                rests_on = (r for r in reversed(told) if r[0][0] == first["cause"])
+                # A plan whose ranking nobody saw tells the cause that it is for, and where it acts.
+                self.acted_on[id] = next(rests_on, ((first["cause"], first["service"]),))
+
+    def judged(self, incidents: Sequence[dict[str, Any]]) -> _Ranking:
+        """What the run is judged by: the ranking that the first action rests on; where nothing was done, the one that
+        people were handed (the first incident's that was escalated with any), or else the first incident's that has
+        any; () without."""
+        if self.acted_on:
+            return next(iter(self.acted_on.values()))
+        ranked = [i for i in incidents if _ranked(i)]
+        handed = next((i for i in ranked if i["state"] == "escalated"), None) or next(iter(ranked), None)
+        return () if handed is None else tuple((h["cause"], h["service"]) for h in handed["hypotheses"])
+
+
+def _first_plan(incident: dict[str, Any]) -> dict[str, Any] | None:
+    """The first plan of which anything was run against the world."""
+    bare = {**incident, "past_plans": [], "plan": None}
+    for past in incident["past_plans"]:
+        if _touched({**bare, "past_plans": [past]}):
+            return cast("dict[str, Any]", past)
+    return incident["plan"] if _touched({**bare, "plan": incident["plan"]}) else None
