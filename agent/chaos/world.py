@@ -1,7 +1,8 @@
 """The world of the chaos harness: the demo's shop with more symptom alerts, and network links that can be disturbed.
 
 Used by `agent.chaos.run` and its tests: `async with ChaosWorld.running(...) as world`. It adds to `agent.demo.world`
-what scenarios need and changes nothing of what the agent is told, but for what arms of the comparison ask: `autonomy`.
+what scenarios need and changes nothing of what the agent is told, but for what arms of the comparison ask (`autonomy`)
+and for bounds that many faults in a row would reach (`SHARED_WORLD`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ FAKETIME = "*/faketime/libfaketime.so.1"  # below /usr/lib; Debian: faketime
 # The injector must not know them.
 HARNESS_FAULTS = frozenset({"agent_kill", "prometheus_frozen", "alertmanager_frozen", "journal_full", "sandbox_gone"})
 NEEDS_DISK = {"disk_full": "spool", "journal_full": "journal"}
+# Bounds by which the guard tells an ordinary day from a storm are meant for faults that are days apart. Here they are
+# half a minute apart, and a run must not depend on those before it in its world.
+SHARED_WORLD = {"storm": {"incidents": 200}, "actions_per_action_per_hour": 60}
 SMALL_DISKS = {"spool": 48, "journal": 64}  # MB: the shop's receipts and logs; the agent's journal
 
 
@@ -186,6 +190,7 @@ class ChaosWorld(World):
     def agent_configuration(self) -> str:
         document = yaml.safe_load(super().agent_configuration())
         document["autonomy"] = {"default": self.autonomy}
+        document["guard"] |= SHARED_WORLD
         if self.keeps_looks:
             self.looks.mkdir(exist_ok=True)
             document["investigate"]["recordings"] = str(self.looks)
