@@ -43,9 +43,16 @@ def kubelet_program() -> Path:
     return _built("kubelet")
 
 
-def _built(program: str) -> Path:
-    modules = (Path(__file__).parent / "apiserver" / "go.mod").read_text()
-    found = re.search(r"k8s\.io/kubernetes (v[0-9.]+)", modules)
+def gateway_definitions() -> list[Path]:
+    """The Gateway API's own definitions of Gateway and HTTPRoute, of its standard channel."""
+    directory = _built("gateway-api", "gateway", "sigs.k8s.io/gateway-api")
+    return [directory / f"gateway.networking.k8s.io_{kind}.yaml" for kind in ("gateways", "httproutes")]
+
+
+def _built(program: str, directory: str = "apiserver", module: str = "k8s.io/kubernetes") -> Path:
+    """What tools/build-apiserver has made, of the version that the tests' module names."""
+    modules = (Path(__file__).parent / directory / "go.mod").read_text()
+    found = re.search(rf"{re.escape(module)} (v[0-9.]+)", modules)
     assert found
     path = TOOLS / f"{program}-{found[1]}"
     if path.exists():

@@ -219,6 +219,8 @@ def test_every_action_of_the_chart_is_in_the_table() -> None:
         ("persistence.size=big", "size"),
         ("secretEnv[0].name=PGPASSWORD,secretEnv[0].value=hunter2", "secretEnv"),
         ("gateway.enabled=true", "parentRefs"),
+        ("gateway.parentRefs[0].namespace=gateways", "parentRefs"),
+        ("gateway.hostnames={https://medic.example.com}", "hostnames"),
         ("image.digest=sha256:12", "digest"),
     ],
 )
