@@ -10,48 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Polls until `condition()` is true; for what offers no event to wait for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:.0f} s")
-        time.sleep(0.02)
-
-
-@dataclass
-class Cluster:
-    """A private PostgreSQL server on a unix socket."""
-
-    bin: Path
-    socket_dir: str
-    user: str  # of the operating system
-
-    def dsn(self, role: str = "medic", database: str = "postgres") -> str:
-        return f"postgresql://{role}@/{database}?host={self.socket_dir}"
-
-    def command(self, role: str, application: str = "") -> list[str]:
-        extra = f"&application_name={quote(application)}" if application else ""
-        return [str(self.bin / "psql"), "-X", "-q", "-A", "-t", "-d", self.dsn(role) + extra]
-
-    def query(self, sql: str, role: str = "postgres") -> str:
-        done = subprocess.run(
-            [*self.command(role), "-v", "ON_ERROR_STOP=1", "-c", sql],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        return done.stdout.strip()
+from actions_started import Cluster, Supervised, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -94,16 +57,6 @@ def cluster(program: Callable[..., str]) -> Iterator[Cluster]:
         server.send_signal(signal.SIGQUIT)
         server.wait(30)
         shutil.rmtree(home, ignore_errors=True)
-
-
-@dataclass
-class Supervised:
-    url: str
-    directory: Path
-    control: list[str]
-
-    def ctl(self, *words: str) -> str:
-        return subprocess.run([*self.control, *words], capture_output=True, text=True, timeout=30, check=False).stdout
 
 
 SUPERVISORD = """

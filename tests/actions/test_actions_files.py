@@ -24,7 +24,7 @@ from actions_servers import (
     until,
     with_option,
 )  # fmt: skip
-from conftest import wait_until
+from actions_started import wait_until
 
 from actions.builtin.logs import masked
 from actions.model import Plan, Refusal

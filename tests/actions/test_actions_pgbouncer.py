@@ -24,7 +24,7 @@ from actions_servers import (
     until,
     with_option,
 )  # fmt: skip
-from conftest import Cluster
+from actions_started import Cluster
 
 from actions.model import Plan, Refusal
 

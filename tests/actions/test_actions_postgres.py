@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from actions_started import Cluster, wait_until
 from actions_world import Proposal, builtin, context, in_sandbox, policy
-from conftest import Cluster, wait_until
 
 from actions import guard
 from actions.catalog import load_catalog

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+from actions_started import wait_until
 from actions_world import Proposal, builtin, context, in_sandbox, policy
-from conftest import wait_until
 
 import actions.builtin
 from actions import guard

@@ -25,7 +25,7 @@ from actions_servers import (
     running,
     with_option,
 )
-from conftest import wait_until
+from actions_started import wait_until
 
 from actions.model import Plan, Refusal
 from agent.packs import load_packs

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from actions_started import Supervised, wait_until
 from actions_world import MemoryLedger, Proposal, ScriptedVerifier, builtin, context, in_sandbox
-from conftest import Supervised, wait_until
 
 import sandbox
 from actions import guard
