@@ -44,7 +44,7 @@ def list_actions(config: Config, *, as_json: bool) -> Exit:
     rows = [("action", "undo", "risk", "services", "description")]
     listed: list[dict[str, Any]] = []
     for definition in _catalog(config):
-        usable = [s for s, entry in config.inventory_strings.items() if not definition.missing_inventory(entry)]
+        usable = [s for s, entry in config.inventory_with().items() if not definition.missing_inventory(entry)]
         entry = {
             "name": definition.name,
             "family": definition.family,
@@ -158,7 +158,7 @@ async def _steps(
     from rules.model import Proposal
     from sandbox import current
 
-    inventory = config.inventory_strings
+    inventory = config.inventory_with((service,))
     definition = _catalog(config).choose(name, inventory.get(service))
     if isinstance(definition, Declined):
         return definition

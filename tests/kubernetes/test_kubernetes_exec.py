@@ -234,6 +234,40 @@ async def test_v4_is_spoken_where_v5_is_not_known(doctor: Doctor, pod: str) -> N
     assert (found.exit_code(), bytes(found.kept[STDOUT])) == (7, b"half\n")
 
 
+async def test_v4_is_chosen_by_whoever_knows_no_v5(doctor: Doctor, cluster: Cluster, node: str, pod: str) -> None:
+    """Both are offered. To a node that says it takes WebSockets the server hands the handshake on as it is, and this
+    one's streaming server knows v4."""
+    declared = {"status": {"declaredFeatures": ["ExtendWebSocketsToKubelet"]}}
+    cluster.patch(f"node/{node}", declared, sub="/status")
+    try:
+        result, said = await ran(await doctor.step(pod, "where"))
+    finally:
+        cluster.patch(f"node/{node}", {"status": {"declaredFeatures": None}}, sub="/status")
+    assert result.exit_code == DONE, result
+    assert (said["protocol"], said["stdout"]) == ("v4.channel.k8s.io", f"{pod} app\n")
+
+
+def test_the_configuration_is_what_a_person_sees_and_the_node_hears_nothing(
+    doctor: Doctor, pod: str, tmp_path: Path
+) -> None:
+    """`alertmedic actions dry-run` with a configuration file: the exact argument list, and no more than look-ups."""
+    sign = tmp_path / "sign"
+    section = {"enabled": True, "evidence": False, "api": doctor.cluster.url, "token_file": str(doctor.token_file),
+               "ca_file": str(doctor.cluster.ca_file), "namespaces": ["shop"],
+               "diagnostics": {"thread_dump": ["touch", str(sign)]}}  # fmt: skip
+    (tmp_path / "alertmedic.yaml").write_text(json.dumps({"kubernetes": section}))
+    asked = ["--service", f"pod/shop/{pod}", "--param", "namespace=shop", "--param", f"name={pod}",
+             "--param", "diagnostic=thread_dump"]  # fmt: skip
+    done = subprocess.run(
+        [PYTHON, "-m", "agent", "actions", "dry-run", DIAGNOSE, "--config", tmp_path / "alertmedic.yaml", *asked],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"--object=pod/shop/{pod}" in done.stdout
+    assert f'--command=["touch", "{sign}"]' in done.stdout
+    assert not sign.exists()
+
+
 # -- what is refused
 
 
