@@ -7,7 +7,7 @@ the scenario. The baselines are given what favours them: a fast liveness probe, 
     liveness   a supervisor that restarts a program whose health check fails (as an orchestrator's liveness probe)
     command    alert -> one fixed command, run at once, as a webhook-to-command bridge does
     auto       AlertMedic, allowed to act
-    approve    AlertMedic, with a person who approves a plan a minute after it was made
+    approve    AlertMedic, with a person who approves what has been asked for a minute
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "ShopDatabaseErrors": PROGRAMS,
 }
 APPROVER_SECONDS = 60.0
+LOOKING = frozenset({"investigating", "diagnosed", "awaiting_approval"})  # states between two requests for the same
 
 
 @dataclass
@@ -126,29 +127,47 @@ async def auto(world: ChaosWorld) -> AsyncIterator[Doings]:
         await world.end_child("agent")
 
 
+@dataclass
+class Person:
+    """Who approves. An alert that comes and goes makes the agent look again and ask again: what asks for the same
+    action on the same targets needs no second thought, and anything else, or the same after it was done, a minute."""
+
+    since: dict[str, tuple[Any, float]] = field(default_factory=dict)  # what waits, and since when, by incident
+
+    def decides(self, incidents: Iterable[dict[str, Any]], now: float) -> list[str]:
+        """The incidents whose plan is approved at `now` (seconds on any steady clock)."""
+        decided: list[str] = []
+        for incident in incidents:
+            id, plan = incident["id"], incident["plan"]
+            if incident["state"] not in LOOKING:
+                self.since.pop(id, None)
+            if incident["state"] != "awaiting_approval" or plan is None:
+                continue
+            asked = [(step["action"], step["target"]) for step in plan["steps"]]
+            known, since = self.since.get(id, (None, now))
+            if known != asked:
+                self.since[id] = asked, now
+            elif now - since >= APPROVER_SECONDS:
+                decided.append(id)
+        return decided
+
+
 @contextlib.asynccontextmanager
 async def approve(world: ChaosWorld) -> AsyncIterator[Doings]:
-    """The person looks at the API every second and approves what has waited for a minute, by the command line."""
+    """The person looks at the API every second and approves, by the command line, what they have known for a minute."""
     world.autonomy = "approve"
     await world.start_agent()
-    doings = Doings()
+    doings, person = Doings(), Person()
 
-    async def person() -> None:
-        waiting: dict[str, float] = {}
+    async def look() -> None:
         while True:
             await asyncio.sleep(1.0)
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
-                for incident in await world.agent_incidents():
-                    if incident["state"] != "awaiting_approval":
-                        waiting.pop(incident["id"], None)
-                        continue
-                    since = waiting.setdefault(incident["id"], time.monotonic())
-                    if time.monotonic() - since >= APPROVER_SECONDS:
-                        del waiting[incident["id"]]
-                        await _approve(world, incident["id"], doings)
+                for id in person.decides(await world.agent_incidents(), time.monotonic()):
+                    await _approve(world, id, doings)
 
     try:
-        async with _background(person()):
+        async with _background(look()):
             yield doings
     finally:
         await world.end_child("agent")
