@@ -145,6 +145,7 @@ async def running(config: Config) -> AsyncIterator[App]:
             investigation = app.investigation = Investigation(
                 *(config, NO_PACKS, store, situations, remediation, verifier, telemetry, app.wake),
                 shadow=gateway.shadow,
+                first=gateway.first,
                 learning=learning,
             )
 

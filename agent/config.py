@@ -373,7 +373,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
 class Gateway(Struct, frozen=True, kw_only=True):
     candidate: Candidate | None = None
     recordings: Directory | None = None  # below which a request may name recordings
-    budget_seconds: Annotated[float, Meta(gt=0, le=60)] = 0.2  # for an answer of the channel that is not primary
+    budget_seconds: Annotated[float, Meta(gt=0, le=60)] = 0.2  # for both channels' answers; the primary goes first
     memory_bytes: Bytes = 1024 * MIB  # address space of its process
     percent: Annotated[float, Meta(ge=0, le=100)] = 100.0  # of live incidents that it looks at too, by hash of the id
     tenants: tuple[Glob, ...] = ("*",)

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class Investigation:
     telemetry: Telemetry
     wake: Callable[[str, float], None]  # look at the incident again at that time
     shadow: Callable[[Incident, Situation, Diagnosis], None] = lambda *_: None  # told of each look; it must not block
+    first: Callable[[], AbstractContextManager[None]] = nullcontext  # around each diagnosis: nothing competes with it
     clock: Callable[[], float] = time.time
     learning: Learning | None = None  # None: only the shipped model ranks
     engine: Engine | None = None  # None: the built-in one
@@ -143,7 +145,8 @@ class Investigation:
         gathered = time.perf_counter()
         with self.telemetry.stage("diagnosis", incident.id, incident.traceparent):
             packs = self.packs if self.learning is None else await self.learning.packs(self.clock())
-            ranked = await asyncio.to_thread(self._rank, situation, packs)
+            with self.first():
+                ranked = await asyncio.to_thread(self._rank, situation, packs)
         diagnosis = ranked.diagnosis
         self.telemetry.hypotheses_generated(len(diagnosis.hypotheses))
         failpoint("investigate_before_diagnosed")

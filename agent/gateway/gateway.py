@@ -1,8 +1,9 @@
 """Two diagnosis channels on the same frozen evidence: the primary decides, the other one shows what it would have said.
 
 Made by `agent.app`; asked by `agent.http.gateway_api` for each request and by `agent.investigate` after each look at a
-live incident. A, the primary, is diagnosed here, as ever; B is asked at the same time, in a process of its own or over
-HTTP, and has a budget. A's answer never depends on B: it waits for nothing of it, and an absent, late or broken B is
+live incident. A, the primary, is diagnosed here, as ever, and first: while it is at work nothing is done for B, neither
+here nor in B's process, which is stopped meanwhile (`first`). B, in a process of its own or over HTTP, gets what A
+leaves of the budget. A's answer never depends on B: it waits for nothing of it, and an absent, late or broken B is
 reported as that. Nothing B says is ever acted on; only `promote` changes who is primary, and a person or a regression
 takes that back. All state is in the journal (`agent.fold_gateway`).
 """
@@ -13,7 +14,8 @@ import asyncio
 import logging
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
@@ -60,7 +62,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     trace_id: str
     feature_flags: dict[str, bool] = {}  # `candidate: false` leaves B out; all of them are passed on to an endpoint
-    timeout_ms: float = 0.0  # B's budget; 0: the configured one
+    timeout_ms: float = 0.0  # the budget of both; 0: the configured one
     recording: str = ""
     incident: str = ""
 
@@ -142,6 +144,18 @@ class Gateway:
 
     # -- asking
 
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """While the primary is at work, here or at a live incident, B is stopped. For the loop's thread."""
+        held = self.b
+        if held is not None:
+            held.hold()
+        try:
+            yield
+        finally:
+            if held is not None:
+                held.release()
+
     async def evaluate(self, request: Request) -> Evaluation:
         """Raises GatewayError for a request that cannot be answered; never because of B."""
         if not 0 < len(request.trace_id) <= 128 or not request.trace_id.isprintable():
@@ -172,12 +186,13 @@ class Gateway:
         incident: str = "",
         diagnosis: Diagnosis | None = None,
     ) -> Evaluation:
-        """Both channels on one situation. `diagnosis`: A's, where it was made already. Differences, and every look
-        at an incident, are recorded."""
-        first = asyncio.create_task(asyncio.to_thread(self._diagnosed, situation, diagnosis))
+        """Both channels on one situation, within `budget` seconds or as long as A takes. `diagnosis`: A's, where it was
+        made already. Differences, and every look at an incident, are recorded."""
+        until = time.monotonic() + (budget or self._config.budget_seconds)
+        with self.first():
+            a = await asyncio.to_thread(self._diagnosed, situation, diagnosis)
         frozen = await asyncio.to_thread(freeze, situation, trace, flags or {})
-        b = await self._ask_b(frozen, budget or self._config.budget_seconds)
-        a = await first
+        b = await self._ask_b(frozen, max(0.0, until - time.monotonic()))
         same = agree(a.short, b.short)
         found = differences(a.diagnosis, b.diagnosis) if a.diagnosis is not None and b.diagnosis is not None else ()
         self._telemetry.gateway_evaluation(b.short.status, differs=bool(found))
@@ -235,7 +250,8 @@ class Gateway:
         if root is None:
             raise GatewayError(404, "no directory of recordings is configured", "$.recording", "gateway.recordings")
         try:
-            return await asyncio.to_thread(lambda: read_recording(confined(root, request.recording)))
+            with self.first():
+                return await asyncio.to_thread(lambda: read_recording(confined(root, request.recording)))
         except (RecordingError, OSError) as error:
             raise GatewayError(404, f"no readable recording {request.recording[:200]!r}", "$.recording") from error
 

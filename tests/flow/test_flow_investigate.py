@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from flow_world import JUSTIFIED, NOW, World, open_world
 
 from actions.model import Declined, Refusal, StepMoved, StepState
 from agent.fold_model import IncidentState
+from agent.investigate import Investigation, Ranked
 from agent.journal.records import Diagnosed, IncidentMoved, StepRecorded
 from agent.journal.wal import JournalUnavailable
 from agent.packs import load_packs
-from rules.model import Diagnosis, Hypothesis
+from rules.model import Diagnosis, Hypothesis, Situation
+from rules.packs import PackSet
 from rules.verify import Verdict
 
 _I = IncidentState
@@ -72,6 +75,28 @@ async def test_what_fires_again_is_investigated_again(world: World, justificatio
     await world.alert("firing")
     await world.investigation._verifying(world.incident(id))
     assert world.incident(id).state is _I.INVESTIGATING
+
+
+async def test_a_diagnosis_goes_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what else would compete with it: entered around the ranking alone, and left before its outcome is told."""
+    seen: list[str] = []
+    ranked = Investigation._rank
+
+    @contextmanager
+    def first() -> Iterator[None]:
+        seen.append("first")
+        yield
+        seen.append("over")
+
+    def rank(self: Investigation, situation: Situation, packs: PackSet) -> Ranked:
+        seen.append("ranked")
+        return ranked(self, situation, packs)
+
+    world.investigation.first = first
+    monkeypatch.setattr(Investigation, "_rank", rank)
+    world.investigation.shadow = lambda *_: seen.append("told")
+    await world.investigation.advance(await world.alert())
+    assert seen[:4] == ["first", "ranked", "over", "told"]
 
 
 async def test_a_claim_is_believed_where_diagnosis_had_no_series_either(world: World) -> None:

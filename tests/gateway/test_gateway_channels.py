@@ -15,8 +15,8 @@ from aiohttp import web
 from gateway_world import FAULT, RECORDINGS, Open, ask
 
 from agent.config import Candidate
-from agent.gateway.channel import BACKOFF_SECONDS, ProcessChannel
-from agent.gateway.gateway import Gateway, GatewayError, Request, confined, share
+from agent.gateway.channel import BACKOFF_SECONDS, Answer, Frozen, ProcessChannel
+from agent.gateway.gateway import Gateway, GatewayError, Request, confined, freeze, share
 from agent.sources.recorded import RecordingError, read_recording
 from rules.diagnose import diagnose
 
@@ -68,7 +68,7 @@ async def test_a_difference_is_answered_recorded_and_told(open_gateway: Open) ->
     ],
 )
 async def test_b_misbehaves(engine: str, status: str, reason: str, open_gateway: Open) -> None:
-    budget = 0.3 if status == "late" else 60.0
+    budget = 1.0 if status == "late" else 60.0
     gateway = await open_gateway(engine, budget_seconds=budget, memory_bytes=768 * 1024 * 1024)
     alone = diagnose(read_recording(RECORDINGS / FAULT), gateway.packs)
     for turn in range(3):
@@ -120,7 +120,7 @@ async def test_one_that_dies_again_and_again_is_started_ever_less_often(
 
 
 async def test_one_that_hangs_is_ended_and_its_process_is_gone(open_gateway: Open) -> None:
-    gateway = await open_gateway("hang", budget_seconds=0.05)
+    gateway = await open_gateway("hang", budget_seconds=1.0)
     hanging = process(gateway)._process
     assert hanging is not None
     assert (await ask(gateway)).b.short.status == "late"
@@ -129,6 +129,74 @@ async def test_one_that_hangs_is_ended_and_its_process_is_gone(open_gateway: Ope
     assert not Path(f"/proc/{hanging.pid}").exists()
     await asyncio.gather(*process(gateway)._ending)
     assert "hung" in process(gateway).problem
+
+
+def _state(pid: int) -> str:
+    """Of a process: `T` when it is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+async def test_b_is_stopped_while_a_is_at_work(open_gateway: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At an earlier question as ever; and nothing is made ready for it before A has answered."""
+    gateway = await open_gateway("spin", budget_seconds=5.0)
+    running = process(gateway)._process
+    assert running is not None
+    seen: list[str] = []
+    diagnosed, frozen = gateway._diagnosed, freeze
+
+    def looking(*of: Any) -> Answer:
+        until = time.monotonic() + 10.0
+        while _state(running.pid) != "T" and time.monotonic() < until:
+            time.sleep(0.001)
+        found = diagnosed(*of)
+        seen.append(_state(running.pid))
+        return found
+
+    def freezing(*of: Any) -> Frozen:
+        seen.append("frozen")
+        return frozen(*of)
+
+    monkeypatch.setattr(gateway, "_diagnosed", looking)
+    monkeypatch.setattr("agent.gateway.gateway.freeze", freezing)
+    with gateway.first():  # so that it is at the first question yet when the second is asked
+        assert [(await ask(gateway)).b.short.status for _ in range(2)] == ["late", "busy"]
+    assert seen == ["T", "frozen"] * 2
+    await process(gateway).rest()
+    assert not Path(f"/proc/{running.pid}").exists()
+
+
+async def test_being_held_is_no_hanging(open_gateway: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.gateway.channel.GRACE_SECONDS", 0.01)
+    gateway = await open_gateway("good")
+    running = process(gateway)._process
+    assert running is not None
+    with gateway.first():
+        assert (await ask(gateway, timeout_ms=500)).b.short.status == "late"
+        await asyncio.wait(process(gateway)._ending, timeout=0.1)
+        assert process(gateway)._process is running
+        assert process(gateway)._ending
+        monkeypatch.setattr("agent.gateway.channel.GRACE_SECONDS", 60.0)
+        assert (await ask(gateway)).b.short.status == "busy"
+    await process(gateway).rest()
+
+
+async def test_it_is_not_started_while_a_is_at_work(open_gateway: Open) -> None:
+    gateway = await open_gateway("good")
+    process(gateway)._process.kill()  # type: ignore[union-attr]
+    assert (await ask(gateway)).b.short.status == "crashed"
+    with gateway.first():
+        assert not await process(gateway).ready(0.05)
+        assert process(gateway)._begun is None
+    assert await process(gateway).ready()
+    assert (await ask(gateway)).b.short.status == "ok"
+
+
+async def test_what_a_takes_of_the_budget_is_gone(open_gateway: Open) -> None:
+    gateway = await open_gateway("good")
+    found = await ask(gateway, timeout_ms=0.001)
+    assert (found.b.short.status, found.b.short.reason) == ("late", "the primary took the whole budget")
+    assert found.a.diagnosis == diagnose(read_recording(RECORDINGS / FAULT), gateway.packs)
+    assert (await ask(gateway)).b.short.status == "ok"  # it was not asked: it is not busy
 
 
 async def test_limits_of_the_process(open_gateway: Open) -> None:
@@ -207,7 +275,7 @@ async def test_an_endpoint_elsewhere(open_gateway: Open) -> None:
         assert seen[0]["flags"] == {"x": True}
         assert len(seen[0]["evidence"]) == len(read_recording(RECORDINGS / FAULT).evidence)
         replies[:] = [None]
-        assert (await ask(gateway, timeout_ms=50)).b.short.status == "late"
+        assert (await ask(gateway, timeout_ms=1000)).b.short.status == "late"
         with pytest.raises(GatewayError, match="only advises"):
             await gateway.promote("w", "", force=True)
     finally:
