@@ -35,6 +35,7 @@ from rules.diagnose import diagnose
 from rules.features import Traits, measure
 from rules.model import Frame, SeriesId, Situation
 from rules.packs import STATES, Signal
+from rules.trends import slopes
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDINGS = (ROOT.parent / "shared" / "rca" / "trainticket", ROOT / "rules" / "golden")
@@ -144,9 +145,14 @@ def features(seconds: float) -> dict[str, Any]:
     taken = interleaved(
         seconds,
         ours=lambda: measure(frame, traits, situation),
+        trends=lambda: slopes(times, values, times >= situation.onset, times <= situation.until),
         percentiles=lambda: np.nanpercentile(values, [25, 50, 75], axis=1),
     )
-    return {"of_one_nanpercentile_pass": taken["ours"] / taken["percentiles"], "milliseconds": taken["ours"] * 1e3}
+    return {
+        "of_one_nanpercentile_pass": taken["ours"] / taken["percentiles"],
+        "milliseconds": taken["ours"] * 1e3,
+        "with_trends_of_all": (taken["ours"] + taken["trends"]) / taken["percentiles"],
+    }
 
 
 def case(seconds: float) -> dict[str, Any]:

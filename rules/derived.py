@@ -253,7 +253,6 @@ def _shares(name: str, signal: Signal, parts: Sequence[Finding]) -> list[Finding
                 scale=signal.floor,
                 level=share,
                 z=z,
-                slope=0.0,
                 onset=part.onset,
             )
         )

@@ -18,6 +18,7 @@ from rules.model import Fact, Situation
 from rules.owners import Owners
 from rules.packs import Condition, FactTest, PackSet, Scalar, Signal, State
 from rules.subjects import causes_named
+from rules.trends import told
 
 SUSPICION_HALVES_SECONDS = 60.0  # a neighbour hurts at once: the earlier it began, the less likely it is the one
 RECENCY_HALVES_SECONDS = 600.0  # of changes
@@ -233,6 +234,10 @@ def describe(finding: Finding, signal: Signal) -> str:
         what += f" to {finding.peer}"
     if labels:
         what += f" ({', '.join(labels)})"
+    if signal.derive is not None and signal.derive.kind == "trend":
+        return told(
+            finding, what, quantity(abs(finding.slope) * 60.0, signal.unit), quantity(finding.level, signal.unit)
+        )
     if finding.direction == "silent":
         return f"{what} fell silent"
     if finding.direction == "flat":

@@ -19,6 +19,7 @@ for half of the window and the sign per kind of signal are what made robust scor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ from rules.model import BoolArray, Evidence, FloatArray, Frame, SeriesId, Situat
 from rules.packs import PackSet, Signal, State
 from rules.seasons import against, aligned, expectation, pasts_of
 from rules.subjects import SUBJECT, causes_named, node_name
+from rules.trends import trend_findings
 
 WEAK = 3.0
 STRONG = 6.0
@@ -59,9 +61,10 @@ class Finding:
     scale: float
     level: float
     z: float  # positive is bad
-    slope: float  # per second, over the abnormal window
     onset: float  # when the sustained change began, NaN: no change
     seasonal: bool = False  # the baseline is what is usual at this time of the day or week
+    slope: float = 0.0  # of a trend that is sustained: per second (see `rules.trends`)
+    left: float = math.nan  # of a trend: seconds until its limit, NaN: it does not go there, or nobody knows the limit
 
     @property
     def bad(self) -> bool:
@@ -76,7 +79,6 @@ class Features:
     scale: FloatArray
     level: FloatArray
     z: FloatArray
-    slope: FloatArray
     onset: FloatArray
     silent: BoolArray
     based: BoolArray  # has a baseline (or may take zero for one)
@@ -126,6 +128,7 @@ def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
         for i, (series, signal) in enumerate(zip(frame.ids, signals, strict=True)):
             if series not in found:
                 found[series] = finding_of(series, signal, features, i, _node(series, signal, situation.entry, about))
+    found.update((f.series, f) for f in trend_findings([f for f, _, _ in measured], found, situation, packs))
     deaf = {f.service for f in found.values() if packs.signals[f.signal].kind == "up" and _unreachable(f)}
     return tuple(_heard(found[s], packs, deaf) for s in sorted(found, key=lambda s: (s.metric, s.labels)))
 
@@ -159,7 +162,6 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
             scale=scale,
             level=level,
             z=np.nan_to_num(z, nan=0.0, posinf=1e9, neginf=-1e9),
-            slope=_slope(frame.times[abnormal], after),
             onset=onset,
             silent=silent & (share < 0.25),
             based=based,
@@ -318,19 +320,6 @@ def _growth(normal: FloatArray, level: FloatArray, traits: Traits) -> FloatArray
     return np.where(rising & (count >= MIN_BASELINE), rise, np.nan)
 
 
-def _slope(times: FloatArray, values: FloatArray) -> FloatArray:
-    """Least squares, per second; 0 where fewer than two samples speak."""
-    if times.shape[0] < 2:
-        return np.zeros(values.shape[0])
-    finite = np.isfinite(values)
-    n = np.maximum(finite.sum(axis=1), 1)
-    t = np.where(finite, times - times[0], 0.0)
-    t = np.where(finite, t - (t.sum(axis=1) / n)[:, None], 0.0)
-    v = np.where(finite, values, 0.0)
-    spread = (t**2).sum(axis=1)
-    return np.asarray(np.where(spread > 0, (t * v).sum(axis=1) / np.where(spread > 0, spread, 1.0), 0.0))
-
-
 def _onset(
     times: FloatArray, values: FloatArray, baseline: FloatArray, scale: FloatArray, sign: FloatArray
 ) -> FloatArray:
@@ -379,7 +368,6 @@ def finding_of(series: SeriesId, signal: Signal, features: Features, i: int, nod
         scale=float(features.scale[i]),
         level=level,
         z=z,
-        slope=float(features.slope[i]),
         onset=float(features.onset[i]),
         seasonal=bool(features.seasonal[i]),
     )

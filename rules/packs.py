@@ -66,8 +66,9 @@ class Derivation(_Strict, frozen=True, kw_only=True):
     own: what of `of` times `traffic` a service adds itself: its total minus its callees' totals, per request of the
     alerting service. share: a service's part of all that was added, of the own signals `of`. difference: `of` minus
     `minus`, series by series. calls: how often a service calls a callee that nobody else calls, per request.
-    per_request: `of` divided by `traffic`. call_gap and the log kinds: from spans and logs. Of several names the first
-    that the situation has is used."""
+    per_request: `of` divided by `traffic`. trend: whether the one signal `of` goes on growing, and when it reaches the
+    signal's `limit`, or the series `minus` of the same labels (see `rules.trends`). call_gap and the log kinds: from
+    spans and logs. Of several names the first that the situation has is used."""
 
     kind: Literal[
         "own",
@@ -75,6 +76,7 @@ class Derivation(_Strict, frozen=True, kw_only=True):
         "difference",
         "calls",
         "per_request",
+        "trend",
         "call_gap",
         "log_break",
         "log_missing",
@@ -563,6 +565,7 @@ _INGREDIENTS = {
     "difference": ("of", "minus"),
     "calls": ("traffic",),
     "per_request": ("of", "traffic"),
+    "trend": ("of",),
 }
 
 
@@ -570,6 +573,8 @@ def _check_derivation(signal: Signal, derive: Derivation, path: tuple[str | int,
     for key in _INGREDIENTS.get(derive.kind, ()):
         if not getattr(derive, key):
             faults.append(Fault((*path, "derive", key), f"{derive.kind} cannot be computed without it"))
+    if derive.kind == "trend" and (len(derive.of) > 1 or signal.bad not in ("up", "down")):
+        faults.append(Fault((*path, "derive", "of"), "a trend follows one signal, up or down"))
     if derive.kind == "calls" and not signal.peer:
         faults.append(Fault((*path, "peer"), "calls need the label that names the callee"))
     if derive.full is not None and not (math.isfinite(derive.full) and derive.full > 0):

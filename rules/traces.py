@@ -319,6 +319,5 @@ def _finding(series: SeriesId, signal: Signal, baseline: float, scale: float, le
         scale=scale,
         level=level,
         z=z if np.isfinite(z) else 0.0,
-        slope=0.0,
         onset=float("nan"),
     )

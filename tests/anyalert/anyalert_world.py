@@ -3,7 +3,8 @@
 An alert's payload is made from its rule: the labels that its expression keeps, that its annotations name and that the
 rule adds. A simulated cause is a set of raw series (`recipes.json`: for each signal of a pack the series behind it, as
 they are usually and as they are under the fault); of all that the alert's packs look at, only what defines the cause
-goes wrong. Every scenario has labels of its own, so that one server holds thousands of them.
+goes wrong. What leaks goes on growing (kind `r`), since what is merely higher than before is no leak. Every scenario
+has labels of its own, so that one server holds thousands of them.
 """
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rules.evidence import describe
 from rules.features import Finding, Traits, findings_of, measure
 from rules.model import Evidence, Frame, SeriesId, Situation
 from rules.packs import PackSet, Signal
+from rules.trends import slopes
 
 ONSET = 1000.0
 VALUE = st.one_of(st.floats(-1e6, 1e6, width=32), st.just(math.nan))
@@ -37,7 +39,7 @@ def signal(**changes: object) -> Signal:
 
 def finding(packs: PackSet, metric: str, normal: list[float], abnormal: list[float], **changes: object) -> Finding:
     frame = frame_of(np.array([normal + abnormal], dtype=float), len(normal), metric)
-    (found,) = findings_of(situation(frame, **changes), packs)
+    (found,) = [f for f in findings_of(situation(frame, **changes), packs) if f.signal == metric]
     return found
 
 
@@ -85,7 +87,7 @@ def test_series_do_not_influence_each_other(rows: list[list[float]]) -> None:
     for i in range(len(rows)):
         alone = frame_of(matrix[i : i + 1], 20)
         single = measure(alone, Traits.of([signal()]), situation(alone))
-        for name in ("baseline", "scale", "level", "z", "slope", "onset"):
+        for name in ("baseline", "scale", "level", "z", "onset"):
             np.testing.assert_array_equal(getattr(single, name)[0], getattr(whole, name)[i])
 
 
@@ -164,7 +166,81 @@ def test_onset_is_when_the_change_began_to_last(packs: PackSet) -> None:
 
 
 def test_slope_is_per_second(packs: PackSet) -> None:
-    assert finding(packs, "queue_depth", [0.0] * 20, [3.0 * i for i in range(9)]).slope == pytest.approx(3.0)
+    rows = np.array([[0.0] * 20 + [3.0 * i for i in range(9)]])
+    found = findings_of(situation(frame_of(rows, 20, "queue_depth")), packs)
+    assert {f.signal: f.slope for f in found} == {"queue_depth": 0.0, "queue_trend": pytest.approx(3.0)}
+
+
+MINUTES = 60.0 * np.arange(90)
+NOISE = np.random.default_rng(7).normal(0.0, 1.0, 90)
+
+
+def trend(packs: PackSet, rows: dict[str, np.ndarray], normal: int, signal: str) -> Finding:
+    times = ONSET + 60.0 * (np.arange(90) - normal)
+    frame = Frame(times, tuple(SeriesId.of(m, {"service": "s"}) for m in rows), np.vstack(list(rows.values())))
+    (found,) = [f for f in findings_of(situation(frame), packs) if f.signal == signal]
+    return found
+
+
+class TestTrends:
+    """A leak goes on growing; what is merely higher than before does not."""
+
+    def test_a_leak_is_told_with_its_speed_and_the_time_that_is_left(self, packs: PackSet) -> None:
+        used = np.where(MINUTES < 3000, 0.3, 0.3 + (MINUTES - 3000) / 60 * 0.01) + 0.001 * NOISE
+        found = trend(packs, {"process_memory_used_ratio": used}, 50, "process_memory_used_trend")
+        assert found.state == "strong"
+        assert found.slope * 60 == pytest.approx(0.01, rel=0.02)
+        assert found.left == pytest.approx((1.0 - found.level) / 0.01 * 60, rel=0.05)
+        text = describe(found, packs.signals[found.signal])
+        assert text.startswith("memory of its limit of s grows by 0.999 % a minute, now 66 %")
+        assert text.endswith("reaches its limit in 34 min")
+
+    def test_a_step_is_high_but_flat(self, packs: PackSet) -> None:
+        memory = np.where(MINUTES < 3000, 1e8, 5e8) + 1e6 * NOISE
+        rows = {"process_memory_bytes": memory}
+        assert trend(packs, rows, 50, "process_memory_bytes").state == "strong"
+        found = trend(packs, rows, 50, "process_memory_trend")
+        assert (found.state, found.direction) == ("absent", "flat")
+        assert "does not go on growing, 47" in describe(found, packs.signals[found.signal])
+
+    @pytest.mark.parametrize("at", range(5, 90, 7))
+    def test_no_step_anywhere_is_a_trend(self, packs: PackSet, at: int) -> None:
+        memory = np.where(np.arange(90) < at, 1e8, 5e8) + 1e6 * NOISE
+        assert trend(packs, {"process_memory_bytes": memory}, 50, "process_memory_trend").state in ("absent", None)
+
+    def test_a_slow_leak_is_seen_over_the_whole_window(self, packs: PackSet) -> None:
+        memory = 1e8 + 2e4 * MINUTES + 1e6 * NOISE
+        found = trend(packs, {"process_memory_bytes": memory}, 85, "process_memory_trend")
+        assert found.state == "strong"
+        assert found.slope == pytest.approx(2e4, rel=0.05)
+
+    def test_at_its_limit_nothing_grows_and_that_says_nothing(self, packs: PackSet) -> None:
+        rows = {
+            "process_memory_bytes": np.where(MINUTES < 3000, 1e8, 5e8) + 1e6 * NOISE,
+            "process_memory_used_ratio": np.where(MINUTES < 3000, 0.2, 0.97),
+        }
+        assert trend(packs, rows, 50, "process_memory_trend").state is None
+        assert trend(packs, rows, 50, "process_memory_used_trend").state is None
+
+    def test_the_limit_may_be_a_series_of_its_own(self, packs: PackSet) -> None:
+        used = 5e10 + 5e6 * MINUTES
+        rows = {"fs_used_bytes": used, "fs_size_bytes": np.full(90, 1e11)}
+        found = trend(packs, rows, 50, "fs_used_trend")
+        assert found.left == pytest.approx((1e11 - found.level) / 5e6, rel=0.01)
+
+    @given(st.integers(0, 10_000))
+    @settings(max_examples=60, deadline=None)
+    def test_noise_alone_is_hardly_ever_a_trend(self, seed: int) -> None:
+        values = np.random.default_rng(seed).normal(0.0, 1.0, (200, 90))
+        seen = slopes(MINUTES, values, MINUTES >= 3000, MINUTES <= 6000)
+        assert seen.sustained.mean() <= 0.04  # p <= 0.01 at either of two windows
+
+    def test_it_is_the_median_of_all_slopes(self) -> None:
+        values = np.array([[3.0, 5.0, 4.0, 9.0, 11.0, 10.0, 40.0]])
+        times = np.arange(7.0)
+        seen = slopes(times, values, times >= 0, times >= 0)
+        pairs = sorted((values[0, j] - values[0, i]) / (j - i) for i in range(7) for j in range(i + 1, 7))
+        assert seen.slope[0] == pairs[len(pairs) // 2]
 
 
 def test_quiet_windows_are_no_baseline(packs: PackSet) -> None:

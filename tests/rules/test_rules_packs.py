@@ -375,6 +375,7 @@ class TestDerived:
             ({"kind": "difference", "of": ["lag_seconds"]}, "derive.minus"),
             ({"kind": "calls", "traffic": ["lag_seconds"]}, "peer: calls need the label"),
             ({"kind": "own", "of": ["lag_seconds"], "traffic": ["lag_seconds"], "full": 0}, "derive.full"),
+            ({"kind": "trend", "of": ["lag_seconds", "lag_seconds"]}, "derive.of: a trend follows one signal"),
             ({"kind": "guess"}, "derive.kind"),
         ],
     )
