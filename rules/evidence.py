@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 
+from rules.anyalert import DRILLDOWN
 from rules.engine import Fired, Graph, Record, holds
 from rules.features import Finding
 from rules.model import Fact, Situation
@@ -22,6 +23,7 @@ from rules.trends import told
 
 SUSPICION_HALVES_SECONDS = 60.0  # a neighbour hurts at once: the earlier it began, the less likely it is the one
 RECENCY_HALVES_SECONDS = 600.0  # of changes
+CLEAN_CUT = 0.95  # so well does a part fit that nothing is left for the others
 RIVAL = 0.6  # of the leading fact's weight
 _SEVERITY: dict[State | None, int] = {"strong": 5, "weak": 4, "silent": 3, "contrary": 2, "absent": 1, None: 0}
 
@@ -277,8 +279,24 @@ def describe_fact(fact: Fact, attributes: Record | None = None) -> str:
         return f"{named} is {a.get('status', 'alive')}{cpu}{wait}"
     if fact.kind == "host.listener":
         return f"{fact.subject}{of} {'is listened on' if a.get('present') else 'has no listener'}"
+    if fact.kind == DRILLDOWN:
+        return _drilldown_told(fact)
     told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {clean(str(v))}" for k, v in sorted(a.items()))
     return f"{fact.kind} {clean(fact.subject)}{of}: {told}"
+
+
+def _drilldown_told(fact: Fact) -> str:
+    """`hardware r740: 9 of 24 series, which make up 100 % of the change; the other 15 are as usual`, or that all of
+    them changed alike. What the others did is only said where the fit says so."""
+    a, what = fact.attributes, clean(fact.subject)
+    of = _number(a.get("of"))
+    if "series" not in a:
+        return f"{what}: {of:.0f} series changed in the same proportion ({_number(a.get('alike')):.0%})"
+    series = _number(a.get("series"))
+    text = f"{what}: {series:.0f} of {of:.0f} series, which make up {_number(a.get('explains')):.0%} of the change"
+    if of > series and _number(a.get("fit")) >= CLEAN_CUT:
+        text += f"; the other {of - series:.0f} are as usual"
+    return text
 
 
 def quantity(value: float, unit: str) -> str:

@@ -140,6 +140,15 @@ async def _around(config: Config, packs: PackSet, alerts: tuple[Alert, ...], now
         return await situations.around(alerts, alerts[0].tenant)
 
 
+_WORDS = {  # of what is no evidence group
+    "order": "which moved first",
+    "direction": "how it spreads",
+    "effects": "what it explains",
+    "rules": "rules that fired",
+    "prior": "to begin with",
+}
+
+
 def _tell(path: Path, diagnosis: Diagnosis) -> None:
     say(f"{path.name}: {diagnosis.verdict.replace('_', ' ')}; {diagnosis.candidates} candidates were weighed")
     say(f"  {diagnosis.sentence}")
@@ -156,8 +165,8 @@ def _tell_hypothesis(rank: int, hypothesis: Hypothesis) -> None:
     say(f"  {rank}. {hypothesis.title} ({hypothesis.cause} on {hypothesis.service}): {hypothesis.posterior:.1%}")
     say(f"     path: {' -> '.join(hypothesis.path)}")
     for c in hypothesis.contributions:
-        if c.log_odds:
-            say(f"     {c.log_odds:+6.2f}  {c.evidence} is {c.state}: {c.text}")
+        if c.log_odds or c.evidence == "direction":  # which weighs nothing by itself, and says how the trouble spreads
+            say(f"     {c.log_odds:+6.2f}  {_WORDS.get(c.evidence) or f'{c.evidence} is {c.state}'}: {c.text}")
     for proposal in hypothesis.proposals:
         say(f"     proposed: {proposal.action}: {proposal.reason}")
     if hypothesis.no_remedy:

@@ -73,6 +73,25 @@ def test_an_alert_is_diagnosed_from_a_file(prometheus: Server, any_at: float, ca
     assert "runbook: https://runbooks.example/odd" in said.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("one_version", "version v2: 2 of 8 series, which make up 100% of the change; the other 6 are as usual"),
+        ("one_zone", "zone z1: 3 of 8 series, which make up 100% of the change; the other 5 are as usual"),
+        ("shared", "all of its parts: 7 series changed in the same proportion (100%)"),
+    ],
+)
+def test_what_the_drill_down_found_is_said_in_words(
+    prometheus: Server, any_at: float, tmp_path: Path, name: str, told: str
+) -> None:
+    case = next(c for c in ANY if c.name == name)
+    file = tmp_path / "alert.json"
+    file.write_text(json.dumps(payload(case, any_at)))
+    said = command("--alert", str(file), "--prometheus", prometheus.url, "--at", str(case.until(any_at)))
+    assert told in said.stdout, said.stdout
+    assert "to begin with: how often this is the cause" in said.stdout
+
+
 def test_an_alert_is_diagnosed_from_standard_input_as_json(prometheus: Server, any_at: float, case: AnyCase) -> None:
     text = json.dumps(payload(case, any_at))
     at = str(case.until(any_at))
