@@ -31,6 +31,7 @@ MOODS = (ALONE, "good", "hang", "spin", "crash", "allocate", "nonsense")
 READY_SECONDS = 5.0
 AT_A_TIME = 8  # evaluations of one mood, before it is the next one's turn
 AIM = 1.10  # A's time with B, at most, as a multiple of A's alone
+PAUSE_SECONDS = 0.2  # before each turn: who waited for B's start must not be compared with who came right after work
 CONFIDENCE = 0.95  # of an interval
 
 
@@ -159,15 +160,17 @@ async def _gateway(store: Any, mood: str) -> Any:
 
 
 async def _turn(gateway: Any, names: list[str], alone: Any) -> list[Taken]:
-    """One evaluation of each. Before, B is there, and one without it warms what its start, or a wait, left cold;
-    afterwards it is at rest: it costs the next mood nothing."""
+    """One evaluation of each. Before, B is there, and as many without it warm what its start, or a wait, left cold, so
+    that every turn begins alike; afterwards B is at rest: it costs the next mood nothing."""
     from agent.gateway.channel import ProcessChannel
     from agent.gateway.gateway import Request
 
     taken = []
     if isinstance(gateway.b, ProcessChannel):
         await gateway.b.ready(READY_SECONDS)  # an overloaded host leaves nothing to the idle class
-    await alone.evaluate(Request(trace_id="warm", recording=names[-1]))
+    await asyncio.sleep(PAUSE_SECONDS)
+    for name in names:
+        await alone.evaluate(Request(trace_id="warm", recording=name))
     for name in names:
         begin = time.perf_counter()
         found = await gateway.evaluate(Request(trace_id="bench", recording=name))
