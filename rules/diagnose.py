@@ -25,7 +25,7 @@ from rules.explaining import Explained, explained
 from rules.features import WEAK, findings_of
 from rules.model import Contribution, Diagnosis, FloatArray, Hypothesis, ParamValue, Proposal, Situation
 from rules.owners import parts
-from rules.packs import REACHED, Cause, Likelihood, PackSet, ProposalTemplate, Reference
+from rules.packs import REACHED, At, Cause, Likelihood, PackSet, ProposalTemplate, Reference
 
 CLEAR_POSTERIOR = 0.5  # more likely than everything else together
 CLEAR_MARGIN = 0.15
@@ -172,11 +172,14 @@ def _weighed(
     """`weigh` among the causes `known`."""
     packs, graph = observer.packs, observer.graph
     model, _ = compiled(packs)
+    kinds = {graph.kind(service) for service in graph.paths}
+    rows = [(row, cause) for row, cause in enumerate(model.causes) if cause in known]
+    fitting = {kind: [(row, cause) for row, cause in rows if packs.causes[cause].fits(kind)] for kind in kinds}
     pairs = [
         (service, row)
         for service in graph.paths
-        for row, cause in enumerate(model.causes)
-        if cause in known and packs.causes[cause].fits(graph.kind(service)) and (service, cause) not in pruned
+        for row, cause in fitting[graph.kind(service)]
+        if (service, cause) not in pruned
     ]
     if not pairs:
         return ()
@@ -351,10 +354,13 @@ def _states(
 ) -> np.ndarray[tuple[int, int], np.dtype[np.intp]]:
     states = np.full((len(pairs), len(model.columns)), MISSING, dtype=np.intp)
     column = {c: j for j, c in enumerate(model.columns)}
+    lines: dict[int, tuple[list[tuple[str, At]], list[int]]] = {}
     for i, (service, row) in enumerate(pairs):
-        for line in observer.packs.causes[model.causes[row]].evidence:
-            state = observer.observe(service, line.group, line.at).state
-            states[i, column[line.group, line.at]] = STATE_INDEX[state]
+        if row not in lines:
+            looked_at = [(line.group, line.at) for line in observer.packs.causes[model.causes[row]].evidence]
+            lines[row] = looked_at, [column[c] for c in looked_at]
+        looked_at, at = lines[row]
+        states[i, at] = [STATE_INDEX[observer.observe(service, *c).state] for c in looked_at]
     return states
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from rules.anyalert import DRILLDOWN
 from rules.engine import Fired, Graph, Record, holds
@@ -361,8 +361,13 @@ def _moment(value: Scalar | None) -> float | None:
 
 def _cpus(fact: Fact) -> frozenset[int]:
     """Affinity as a set, from `0,2-3`; empty where unknown."""
+    return _cpus_in(str(fact.attributes.get("cpus", "")))
+
+
+@lru_cache(maxsize=64)  # nearly all processes of a host have the same, and each is held against all others
+def _cpus_in(text: str) -> frozenset[int]:
     found: set[int] = set()
-    for part in str(fact.attributes.get("cpus", "")).split(","):
+    for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         if all(number.isdecimal() and len(number) < 8 for number in ((low, high) if dash else (low,))):
             found.update(range(int(low), min(int(high or low), int(low) + 4096) + 1))
