@@ -4,7 +4,8 @@
 with A alone (the same code, no candidate configured) right before or right after it, so that whatever else the machine
 does meets both alike. Of A are taken the time of its diagnosis, and the time from the request, whose recording is yet
 to be read, until its answer is there. A ratio of 1 means that B costs A nothing; the aim is AIM. B runs when a mood's
-turn begins, whatever it did before: what its back-off saves A is no part of these figures.
+turn begins, whatever it did before: what its back-off saves A is no part of these figures. Evaluations begin at an even
+pace, with B and alone: waiting for B leaves the caches of the CPU to others, and A alone has to begin as cold.
 
     python -m bench.gateway [SECONDS]
 """
@@ -32,6 +33,7 @@ READY_SECONDS = 5.0
 AT_A_TIME = 8  # evaluations of one mood, before it is the next one's turn
 AIM = 1.10  # A's time with B, at most, as a multiple of A's alone
 PAUSE_SECONDS = 0.2  # before each turn: who waited for B's start must not be compared with who came right after work
+PACE_SECONDS = 0.25  # from one evaluation's begin to the next one's; the budget is 0.2
 CONFIDENCE = 0.95  # of an interval
 
 
@@ -176,6 +178,7 @@ async def _turn(gateway: Any, names: list[str], alone: Any) -> list[Taken]:
         found = await gateway.evaluate(Request(trace_id="bench", recording=name))
         whole = time.perf_counter() - begin
         taken.append(Taken(found.a.seconds, gateway.cpu, gateway.ready - begin, whole, found.b.short.status))
+        await asyncio.sleep(max(0.0, PACE_SECONDS - whole))
     if isinstance(gateway.b, ProcessChannel):
         await gateway.b.rest()
     return taken

@@ -41,6 +41,8 @@ NEEDS_DISK = {"disk_full": "spool", "journal_full": "journal"}
 # Bounds by which the guard tells an ordinary day from a storm are meant for faults that are days apart. Here they are
 # half a minute apart, and a run must not depend on those before it in its world.
 SHARED_WORLD = {"storm": {"incidents": 200}, "actions_per_action_per_hour": 60}
+# A queue that is served again takes its time; the demo, which has no such fault, gives up after half of it.
+VERIFY_SECONDS = 60
 SMALL_DISKS = {"spool": 48, "journal": 64}  # MB: the shop's receipts and logs; the agent's journal
 
 
@@ -191,6 +193,7 @@ class ChaosWorld(World):
         document = yaml.safe_load(super().agent_configuration())
         document["autonomy"] = {"default": self.autonomy}
         document["guard"] |= SHARED_WORLD
+        document["verify"]["deadline_seconds"] = VERIFY_SECONDS
         if self.keeps_looks:
             self.looks.mkdir(exist_ok=True)
             document["investigate"]["recordings"] = str(self.looks)
