@@ -124,25 +124,28 @@ def schema() -> Exit:
 
 
 def dry_run(config: Config, name: str, service: str, given: tuple[str, ...], *, as_json: bool) -> Exit:
-    """The exact steps that the action would consist of now, with these parameters, and what its own `dry_run` command
-    says of each, where it has one."""
+    """The exact steps that the action would consist of now, with these parameters, what its look-up notes about each
+    target, and what its own `dry_run` command says of each, where it has one."""
     from actions.model import Declined
 
-    steps = asyncio.run(_steps(config, name, service, _params(given)))
-    if isinstance(steps, Declined):
-        detail = f": {steps.detail}" if steps.detail else ""
-        raise CommandError(f"{steps.action or name} on {service}: {steps.reason.value}{detail}", "nothing was executed")
+    found = asyncio.run(_steps(config, name, service, _params(given)))
+    if isinstance(found, Declined):
+        detail = f": {found.detail}" if found.detail else ""
+        raise CommandError(f"{found.action or name} on {service}: {found.reason.value}{detail}", "nothing was executed")
+    steps, notes = found
     said = asyncio.run(_tried(config, steps))
     if as_json:
         import msgspec
 
-        emit_json({"steps": [msgspec.to_builtins(s) for s in steps], "dry_run": said})
+        emit_json({"steps": [msgspec.to_builtins(s) for s in steps], "notes": notes, "dry_run": said})
         return Exit.OK
-    for step, words in zip(steps, said, strict=True):
+    for step, note, words in zip(steps, notes, said, strict=True):
         say(f"{step.action} on {step.target}" + (f" at {step.host}" if step.host else ""))
         say(f"  run    {shlex.join(step.argv)}")
         say(f"  check  {shlex.join(step.check) if step.check else 'none'}")
         say(f"  undo   {shlex.join(step.undo) if step.undo else 'none'}")
+        if note:
+            say(f"  note   {note}")
         if words is not None:
             say(f"  says   {words}")
     say("nothing was executed")
@@ -151,7 +154,8 @@ def dry_run(config: Config, name: str, service: str, given: tuple[str, ...], *, 
 
 async def _steps(
     config: Config, name: str, service: str, params: Mapping[str, ParamValue]
-) -> tuple[Step, ...] | Declined:
+) -> tuple[tuple[Step, ...], tuple[str, ...]] | Declined:
+    """The steps, and for each what the look-up of its target noted ("" for nothing)."""
     from actions.gates import GuardContext
     from actions.guard import early_values, host_of, make_step, resolve_targets
     from actions.model import Declined
@@ -189,7 +193,7 @@ async def _steps(
         if isinstance(step, Declined):
             return step
         steps.append(step)
-    return tuple(steps)
+    return tuple(steps), tuple(target.note for target in targets)
 
 
 async def _tried(config: Config, steps: tuple[Step, ...]) -> list[str | None]:

@@ -216,6 +216,23 @@ def test_an_action_of_your_own_is_tried_by_its_own_dry_run(tmp_path: Path) -> No
     assert alertmedic("actions", "schema").json["title"] == "AlertMedic actions"
 
 
+def test_a_dry_run_tells_what_the_look_up_notes(tmp_path: Path) -> None:
+    tmp_path.joinpath("targets.json").write_text(
+        '[{"identity": "word=a", "note": "a server\\u001b[31m would take it"}]'
+    )
+    action = ACTION.replace(
+        'target: "word={word}"', f'resolve: ["{{python}}", -m, json.tool, "{tmp_path}/targets.json"]'
+    )
+    tmp_path.joinpath("a.yaml").write_text(action)
+    more = {"ALERTMEDIC_ACTIONS_DIRS": f"[{tmp_path}]", "ALERTMEDIC_INVENTORY": "{x: {}}"}
+    base = ("actions", "dry-run", "test.try", "--service", "x", "--param", "word=a")
+    done = alertmedic(*base, **more)
+    assert done.code == 0, done.err
+    told = "a server\N{REPLACEMENT CHARACTER}[31m would take it"
+    assert f"  note   {told}\n" in done.out
+    assert alertmedic(*base, "--json", **more).json["notes"] == [told]
+
+
 def test_metrics_without_a_server_or_with_a_dead_one() -> None:
     assert alertmedic("metrics", "names").code == 2
     dead = alertmedic("metrics", "names", "--url", "http://127.0.0.1:1")

@@ -265,6 +265,7 @@ def test_the_configuration_is_what_a_person_sees_and_the_node_hears_nothing(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"--object=pod/shop/{pod}" in done.stdout
     assert f'--command=["touch", "{sign}"]' in done.stdout
+    assert "note   the server would accept it" in done.stdout
     assert not sign.exists()
 
 
