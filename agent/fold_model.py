@@ -286,6 +286,19 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
         return tuple(a for seq, a in known if a is not None and a.status == "firing" and seq > self.diagnosed_seq)
 
     @property
+    def only_looked(self) -> bool:
+        """The plan was carried out and consisted of looks alone: what it captured is kept, and nothing was changed."""
+        return self.plan is not None and self.plan_state == "done" and all(s.read_only for s in self.plan.steps)
+
+    @property
+    def carried_out(self) -> tuple[str, ...]:
+        """Actions of the plans that were carried out since it was opened or reopened."""
+        earlier = self.past[-(self.rounds - 1) :] if self.rounds > 1 else []  # a round makes at most one plan
+        done = [action for past in earlier if past.ended == "done" for action in past.actions]
+        current = self.plan.steps if self.plan is not None and self.plan_state == "done" else ()
+        return (*done, *(step.action for step in current))
+
+    @property
     def unsettled(self) -> tuple[int, ...]:
         """Indexes of steps whose effect may be under way (intent, undoing, unknown)."""
         return tuple(i for i, step in enumerate(self.steps) if step.state in UNSETTLED)

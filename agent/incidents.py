@@ -288,7 +288,8 @@ def _moved(state: State, seq: int, record: IncidentMoved) -> Changes:
     if after not in FINAL:
         return Changes((incident.id,))
     incident.closed_at = record.at
-    if after is IncidentState.RESOLVED and incident.plan is not None and incident.plan_state == "done":
+    done = incident.plan_state == "done" and not incident.only_looked
+    if after is IncidentState.RESOLVED and incident.plan is not None and done:
         state.gateway.outcome(incident.id, (incident.plan.cause, incident.plan.service))
     if record.seen and incident.last_firing_seq > record.seen:
         # A firing alert became durable between the decision and this record: it would never be looked at.

@@ -275,6 +275,9 @@ class Investigation:
         """One look at the series. They decide; a claim without any series to look at is believed, and said to be. A
         firing alert that comes during the look reopens what the look closes (`seen`)."""
         seen = self.store.state.seq
+        if incident.firing and incident.only_looked:
+            await self._move(incident, _I.INVESTIGATING, "what else may be done, after the look")
+            return None
         blind = incident.justification is None or not incident.justification.series
         if incident.firing and (blind or (incident.has_news and incident.plan_state != "done")):
             await self._move(incident, _I.INVESTIGATING, "it fires again")
@@ -452,6 +455,9 @@ class Investigation:
             await self._decline(incident, Declined(reason=refusal, detail=outcome.reason))
             return None
         recovered = outcome.result == "verified"
+        if recovered and incident.only_looked:
+            await self._move(incident, _I.VERIFYING, "it only looked: what it captured is kept, nothing was changed")
+            return None
         if recovered:
             await self._move(incident, _I.VERIFYING, "the steps ran, and the series are good again")
             self.telemetry.hypothesis_successful()

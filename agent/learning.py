@@ -161,7 +161,7 @@ def _precedent(other: Incident, alike: float) -> Precedent:
     """What is known of an earlier incident: what a person said, else what a verified action showed, else what was
     thought."""
     plan, given, diagnosis = other.plan, other.feedback, other.diagnosis
-    done = plan is not None and other.plan_state == "done"
+    done = plan is not None and other.plan_state == "done" and not other.only_looked
     best = diagnosis.hypotheses[0] if diagnosis is not None and diagnosis.hypotheses else None
     cause, service = (best.cause, best.service) if best is not None else ("", "")
     if plan is not None and done:

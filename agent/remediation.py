@@ -110,7 +110,8 @@ class Remediation:
 
     async def consider(self, incident: Incident) -> Plan | Declined:
         """The plan for the best hypothesis: its proposals are tried in order, the first that can be planned counts.
-        Without one, the refusal of the last."""
+        Without one, the refusal of the last. What has been looked at is not looked at again: a look comes before a
+        remedy that would destroy what it sees, and does not take its place."""
         diagnosis = incident.diagnosis
         best = diagnosis.best if diagnosis else None
         if best is None:
@@ -119,6 +120,10 @@ class Remediation:
             reason=Refusal.NO_PROPOSAL, detail=f"{best.title}: no safe remedy is known, a person has to look at it"
         )
         for proposal in best.proposals:
+            if proposal.action in incident.carried_out and self._looks(proposal.action):
+                told = f"{best.title}: what {proposal.action} captured is kept, a person has to look at it"
+                refused = Declined(reason=Refusal.NO_PROPOSAL, detail=told)
+                continue
             await self.executors.learn_enforcement(self._host(proposal.service))
             context = self.context(incident, proposal.service)
             reader = self._reader(incident)
@@ -127,6 +132,10 @@ class Remediation:
                 return plan
             refused = plan
         return refused
+
+    def _looks(self, action: str) -> bool:
+        definition = self._catalog.get(action)
+        return definition is not None and definition.read_only
 
     def recheck(self, incident: Incident) -> Declined | None:
         """The gates that time may have closed since the plan was made."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actions.model import Declined, Plan, Refusal, Step, StepState
+from actions.model import Declined, Plan, Refusal, Step, StepMoved, StepState
 from actions.runner import PlanOutcome
 from agent.config import Config
 from agent.fold_model import Incident
 from agent.investigate import Investigation
-from agent.journal.records import AgentStarted, AlertsReceived, FoldPolicy, IncidentMoved, PlanMade
+from agent.journal.records import AgentStarted, AlertsReceived, FoldPolicy, IncidentMoved, PlanMade, StepRecorded
 from agent.store import Store
 from agent.telemetry import Telemetry
 from rules.model import Alert, AlertStatus, Situation, Topology
@@ -124,7 +125,7 @@ class World:
             before = self.incident(id).state
             await self.store.record(IncidentMoved(at=self.now, incident=id, before=before, after=after))
 
-    async def acting(self, name: str = "Slow", steps: int = 1) -> str:
+    async def acting(self, name: str = "Slow", steps: int = 1, *, read_only: bool = False) -> str:
         """An incident whose plan was granted and has not begun."""
         id = await self.alert(name=name)
         await self.moved(id, "investigating", "diagnosed")
@@ -133,7 +134,9 @@ class World:
             incident=id,
             service="front",
             cause="c",
-            steps=tuple(Step(action="a", version=1, target=f"t{n}", argv=("true",)) for n in range(steps)),
+            steps=tuple(
+                Step(action="a", version=1, target=f"t{n}", argv=("true",), read_only=read_only) for n in range(steps)
+            ),
             autonomy="auto",
             made_at=self.now,
             expires_at=self.now + 900,
@@ -141,6 +144,16 @@ class World:
         await self.store.record(PlanMade(at=self.now, plan=plan))
         await self.moved(id, "acting")
         return id
+
+    async def verified(self, id: str) -> None:
+        """Every step of its plan was carried out."""
+        path = [StepState.PLANNED, StepState.INTENT, StepState.RAN, StepState.VERIFIED]
+        plan = self.incident(id).plan
+        assert plan is not None
+        for n in range(len(plan.steps)):
+            for before, after in itertools.pairwise(path):
+                move = StepMoved(incident=id, plan=plan.id, step=n, before=before, after=after, at=self.now)
+                await self.store.record(StepRecorded(move=move))
 
     def outcome(self, id: str, result: Any, *states: str) -> PlanOutcome:
         return PlanOutcome(plan=f"plan-{id}", result=result, states=tuple(map(StepState, states)), reason=str(result))

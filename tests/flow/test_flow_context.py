@@ -6,18 +6,20 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
-from flow_world import NOW, World, open_world
+from flow_world import JUSTIFIED, NOW, World, open_world
 
-from actions.catalog import Catalog, load_catalog, parse_action
-from actions.model import Refusal, StepMoved, StepState
+from actions.catalog import ActionDefinition, Catalog, load_catalog, parse_action
+from actions.model import Declined, Plan, Refusal, StepMoved, StepState
 from actions.policy import AutonomyPolicy
 from agent.config import Config, InventoryEntry, Prometheus, Sandbox
-from agent.journal.records import StepRecorded
+from agent.journal.records import PlanMade, StepRecorded
 from agent.remediation import Remediation
 from agent.situation import Situations
-from rules.model import Topology
+from rules.model import Diagnosis, Hypothesis, Proposal, Topology
 from rules.packs import PackSet
 
 
@@ -86,6 +88,49 @@ def cancelled() -> asyncio.Event:
     event = asyncio.Event()
     event.set()
     return event
+
+
+def action(name: str, **more: object) -> ActionDefinition:
+    return parse_action({**ACTION, "name": name, **more}, "test")
+
+
+async def test_a_look_comes_before_the_remedy_and_not_in_its_place(world: World) -> None:
+    id = await world.alert()
+    await world.moved(id, "investigating", "diagnosed")
+    nothing = {"reversible": False, "blast_radius": "none", "changes": "nothing", "auto": "allowed"}
+    look, mend = action("look", read_only=True, risk=nothing), action("mend")
+    config = Config(
+        autonomy=AutonomyPolicy(default="auto"),
+        inventory={"front": InventoryEntry()},
+        sandbox=Sandbox(allow_unenforced_auto=True),
+    )
+
+    def remediation(*actions: ActionDefinition) -> Remediation:
+        verifier: Any = world.verifier
+        return Remediation(config, Catalog(actions), world.store, verifier, world.telemetry, clock=lambda: world.now)
+
+    incident = world.incident(id)
+    proposals = tuple(Proposal(action=name, service="front") for name in ("look", "mend"))
+    best = Hypothesis(
+        cause="c", service="front", fault="hang", title="it hangs", posterior=0.99, confidence=0.99, proposals=proposals
+    )
+    incident.diagnosis = Diagnosis(verdict="ranked", hypotheses=(best,))
+    incident.justification, incident.evidence_at = JUSTIFIED, NOW
+    first = await remediation(look, mend).consider(incident)
+    assert isinstance(first, Plan), first
+    assert [step.action for step in first.steps] == ["look"]
+    await world.store.record(PlanMade(at=NOW, plan=first))
+    await world.moved(id, "acting")
+    await world.verified(id)
+    assert incident.only_looked
+    second = await remediation(look, mend).consider(incident)
+    assert isinstance(second, Plan), second
+    assert [step.action for step in second.steps] == ["mend"]
+    without = msgspec.structs.replace(best, proposals=proposals[:1])
+    incident.diagnosis = Diagnosis(verdict="ranked", hypotheses=(without,))
+    third = await remediation(look, mend).consider(incident)
+    assert isinstance(third, Declined)
+    assert "what look captured is kept" in third.detail
 
 
 ACTION = {

@@ -205,6 +205,20 @@ async def test_nobody_looks_while_the_task_that_acted_closes_it(world: World) ->
     assert world.incident(id).state is _I.RESOLVED
 
 
+async def test_a_look_resolves_nothing(world: World) -> None:
+    id = await world.acting(read_only=True)
+    await world.verified(id)
+    world.remediation.outcome = world.outcome(id, "verified", "verified")
+    await acted(world, id)
+    assert world.incident(id).state is _I.VERIFYING
+    await world.investigation.advance(id)
+    incident = world.incident(id)
+    assert incident.state in (_I.INVESTIGATING, _I.DIAGNOSED)
+    assert incident.plan is not None, "what it captured stays where people look"
+    assert any("nothing was changed" in line.text for line in incident.story)
+    assert 'healings_total{result="started"} 1.0' not in world.telemetry.render()[0].decode()
+
+
 async def test_healing_is_counted_once_however_often_it_is_tried(world: World) -> None:
     id = await world.acting()
     world.remediation.outcome = world.outcome(id, "interrupted", "planned")
