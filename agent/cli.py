@@ -131,6 +131,7 @@ def _looking(commands: Commands, common: argparse.ArgumentParser) -> None:
     incidents.add_argument("--limit", type=_count, default=0, help="at most so many, newest first")
     story = _add(commands, common, "story", calls.story, "tell an incident's story; --json: its whole audit trail")
     story.add_argument("id", help="an incident's id, or the beginning of one")
+    story.add_argument("--output", action="store_true", help="instead, all that its steps printed")
     _add(commands, common, "quarantine", calls.quarantine, "show what could not be understood")
 
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 from actions.model import Plan, Step, StepState
+from agent import captured
 from agent.fold_model import Incident, IncidentState, StepView
 from agent.fold_story import precedent_words
 from agent.log import printable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Tone = Literal["", "good", "bad", "warn", "dim", "title"]
 MAX_ALERTS = 10
-MAX_OUTPUT_LINES = 5
 MISSING_NAMED = 6  # signals that are missing for one reason are named up to here
 _COLOURS: dict[Tone, str] = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim", "title": "bold", "": ""}
 _STATES: dict[IncidentState, Tone] = {
@@ -343,20 +343,20 @@ def _steps(incident: Incident) -> Iterator[Row]:
             continue
         name = names[index] if index < len(names) else "step"
         yield Row(printable(f"step {index}: {name}: {view.state.value}"), tone=_STEPS.get(view.state, "title"))
-        yield from _moves(view)
+        yield from _moves(incident.id, view)
 
 
-def _moves(view: StepView) -> Iterator[Row]:
+def _moves(incident: str, view: StepView) -> Iterator[Row]:
     for move in view.moves:
         reason = f": {move.reason}" if move.reason else ""
         yield Row(
             printable(f"{move.before.value} -> {move.after.value}{reason}"), move.at, 1, _STEPS.get(move.after, "")
         )
         if move.result is not None:
-            yield from _result(move.result)
+            yield from _result(incident, move.result)
 
 
-def _result(result: RunResult) -> Iterator[Row]:
+def _result(incident: str, result: RunResult) -> Iterator[Row]:
     if result.error:
         ended = f"could not start: {result.error}"
     elif result.timed_out:
@@ -378,8 +378,10 @@ def _result(result: RunResult) -> Iterator[Row]:
         ("stdout", result.stdout, result.stdout_dropped),
         ("stderr", result.stderr, result.stderr_dropped),
     ):
-        lines = text.splitlines()
-        yield from (Row(f"{name}: {printable(line)}", depth=2, tone="dim") for line in lines[-MAX_OUTPUT_LINES:])
+        lines = captured.head(text)
+        yield from (Row(f"{name}: {line}", depth=2, tone="dim") for line in lines)
+        if captured.is_cut(text):
+            yield Row(f"{name}: the whole of it: alertmedic story {incident} --output", depth=2, tone="dim")
         if dropped:
             yield Row(f"{name}: {dropped} more bytes were dropped", depth=2, tone="dim")
 

@@ -68,7 +68,7 @@ def incidents(arguments: argparse.Namespace) -> int:
 def story(arguments: argparse.Namespace) -> int:
     from agent.commands import story
 
-    return story.story(_state_dir(arguments), arguments.id, as_json=arguments.json)
+    return story.story(_state_dir(arguments), arguments.id, as_json=arguments.json, output=arguments.output)
 
 
 def quarantine(arguments: argparse.Namespace) -> int:

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.commands import look
-from agent.commands.output import CommandError, Exit, emit_json
+from agent.commands.output import CommandError, Exit, emit_json, say
 
 if TYPE_CHECKING:
     from agent.fold_model import Incident
     from agent.journal.records import Stored
+    from agent.journal.wal import Wal
 
 
-def story(state_dir: Path, wanted: str, *, as_json: bool) -> Exit:
-    """Tells the story of one incident; as JSON, all that it is told from. FAULT if the journal does not check."""
+def story(state_dir: Path, wanted: str, *, as_json: bool, output: bool = False) -> Exit:
+    """Tells the story of one incident, or what its steps printed; as JSON, all that it is told from. FAULT if the
+    journal does not check."""
     incident = look.find(look.read(state_dir), wanted)
+    if output and not as_json:
+        return _printed(state_dir, incident)
     if not as_json:
         return look.tell(incident)
     exported = export(state_dir, incident)
@@ -30,19 +34,53 @@ def story(state_dir: Path, wanted: str, *, as_json: bool) -> Exit:
     return Exit.OK if exported["journal"]["ok"] else Exit.FAULT
 
 
-def export(state_dir: Path, incident: Incident) -> dict[str, Any]:
-    """`{incident, records, complete, snapshots, journal}`. `complete`: no record of the incident has been pruned."""
-    from agent.http.render import incident_json, plain
-    from agent.journal.check import verify
+def _printed(state_dir: Path, incident: Incident) -> Exit:
+    """Every output that the journal still has, of earlier plans too, oldest first."""
+    import sys
+
+    from agent.captured import size, whole
+    from agent.journal.records import PlanMade, StepRecorded
+    from agent.log import printable
+    from agent.story import clock_time
+
+    names: dict[tuple[str, int], str] = {}
+    found = False
+    for stored in _of(incident, _journal(state_dir).kept()):
+        record = stored.record
+        if isinstance(record, PlanMade):
+            names |= {(record.plan.id, i): f"{s.action} on {s.target}" for i, s in enumerate(record.plan.steps)}
+        if not isinstance(record, StepRecorded) or (result := record.move.result) is None:
+            continue
+        step = names.get((record.move.plan, record.move.step), f"step {record.move.step}")
+        for name, text in (("stdout", result.stdout), ("stderr", result.stderr)):
+            if text:
+                found = True
+                say(printable(f"== {clock_time(record.move.at)} {step}: {name}, {size(text)} bytes"))
+                sys.stdout.write(whole(text))
+    if not found:
+        say(f"no step of {incident.id} has printed anything that the journal still has")
+    return Exit.OK
+
+
+def _journal(state_dir: Path) -> Wal:
     from agent.journal.wal import Wal
     from agent.store import journal_directory
 
     directory = journal_directory(state_dir)
     if not directory.is_dir():
         raise CommandError(f"story: no journal in {state_dir}", "check --state-dir")
-    wal = Wal.open(directory, read_only=True)
+    return Wal.open(directory, read_only=True)
+
+
+def export(state_dir: Path, incident: Incident) -> dict[str, Any]:
+    """`{incident, records, complete, snapshots, journal}`. `complete`: no record of the incident has been pruned."""
+    from agent.http.render import incident_json, plain
+    from agent.journal.check import verify
+    from agent.store import journal_directory
+
+    wal = _journal(state_dir)
     kept = list(_of(incident, wal.kept()))
-    report = verify(directory)
+    report = verify(journal_directory(state_dir))
     names = {move.snapshot for view in incident.steps for move in view.moves if move.snapshot}
     names |= {name for stored in kept if (name := _snapshot(stored))}
     return {

@@ -26,6 +26,7 @@ from agent.http.render import (
     change_json,
     incident_json,
     models_json,
+    output_json,
     plain,
     quarantine_json,
     rfc3339,
@@ -174,6 +175,7 @@ class Api:
         return {
             "/api/v1/incidents": {"GET": self.incidents},
             "/api/v1/incidents/*": {"GET": self.incident},
+            "/api/v1/incidents/*/output": {"GET": self.output},
             "/api/v1/incidents/*/approve": {"POST": self.approve},
             "/api/v1/incidents/*/reject": {"POST": self.reject},
             "/api/v1/incidents/*/feedback": {"POST": self.feedback},
@@ -211,6 +213,11 @@ class Api:
     async def incident(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         caller = self._guard.admit(request, "read")
         return _json(incident_json(self._visible(id, caller)))
+
+    async def output(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
+        """What the steps of its current plan printed, whole."""
+        caller = self._guard.admit(request, "read")
+        return _json(output_json(self._visible(id, caller)))
 
     async def breakers(self, request: web.BaseRequest, _: str) -> web.StreamResponse:
         """Breakers belong to the host, not to a tenant."""

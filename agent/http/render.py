@@ -14,9 +14,11 @@ from typing import Any
 import msgspec
 
 from actions.model import BreakerMoved
+from agent import captured
 from agent.fold_changes import ChangeTold
 from agent.fold_model import Incident, Models
 from agent.journal.records import AlertQuarantined
+from sandbox.model import RunResult
 
 
 def rfc3339(at: float) -> str:
@@ -136,6 +138,36 @@ def _plan(incident: Incident) -> dict[str, Any] | None:
     shown["state"] = incident.plan_state
     for step, view in zip(shown["steps"], incident.steps, strict=False):
         step["state"] = view.state.value
-        step["result"] = plain(view.result)
+        step["result"] = _result(view.result)
         step["snapshot"] = view.snapshot
     return shown
+
+
+def _result(result: RunResult | None) -> dict[str, Any] | None:
+    """With the heads of long outputs, and how long each is in bytes; `output_json` has the whole."""
+    if result is None:
+        return None
+    shown: dict[str, Any] = plain(result)
+    for name in ("stdout", "stderr"):
+        text = shown[name]
+        shown[name], shown[f"{name}_bytes"] = captured.shortened(text), captured.size(text)
+    return shown
+
+
+def output_json(incident: Incident) -> dict[str, Any]:
+    """`{plan, steps: [{action, target, stdout, stderr}]}`: what each step of the current plan printed, whole and as it
+    came. Steps that have printed nothing yet are empty."""
+    plan = incident.plan
+    steps = [] if plan is None else zip(plan.steps, incident.steps, strict=False)
+    return {
+        "plan": None if plan is None else plan.id,
+        "steps": [
+            {
+                "action": step.action,
+                "target": step.target,
+                "stdout": view.result.stdout if view.result else "",
+                "stderr": view.result.stderr if view.result else "",
+            }
+            for step, view in steps
+        ],
+    }
