@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import msgspec
+
 import sandbox
 from actions import guard
 from actions.catalog import Catalog
@@ -119,10 +121,11 @@ class Remediation:
         refused = Declined(
             reason=Refusal.NO_PROPOSAL, detail=f"{best.title}: no safe remedy is known, a person has to look at it"
         )
+        kept = ""
         for proposal in best.proposals:
             if proposal.action in incident.carried_out and self._looks(proposal.action):
-                told = f"{best.title}: what {proposal.action} captured is kept, a person has to look at it"
-                refused = Declined(reason=Refusal.NO_PROPOSAL, detail=told)
+                kept = f"{best.title}: what {proposal.action} captured is kept, a person has to look at it"
+                refused = Declined(reason=Refusal.NO_PROPOSAL, detail=kept)
                 continue
             await self.executors.learn_enforcement(self._host(proposal.service))
             context = self.context(incident, proposal.service)
@@ -131,6 +134,8 @@ class Remediation:
             if isinstance(plan, Plan):
                 return plan
             refused = plan
+        if kept and refused.detail != kept:
+            return msgspec.structs.replace(refused, detail="; ".join(filter(None, (kept, refused.detail))))
         return refused
 
     def _looks(self, action: str) -> bool:

@@ -101,7 +101,7 @@ class Situations:
         onset = min(incident.onset, now) - prometheus.onset_margin_seconds - about.hold_seconds
         start = min(onset, now) - prometheus.window_seconds
         topology = await self._topology(now)
-        look = Situation(about.alerts, about.entry, onset, now, topology=topology)
+        look = Situation(about.alerts, about.entry, onset, now, topology=topology, configured=self._configured)
         told = facts(state.changes, incident.tenant, onset, now)
         look = await self._look(about, look, start)
         if told:
@@ -126,7 +126,7 @@ class Situations:
         began = min((alert.starts_at for alert in firing or alerts), default=now)
         onset = min(began, now) - prometheus.onset_margin_seconds - about.hold_seconds
         topology = await self._topology(now)
-        look = Situation(about.alerts, about.entry, onset, now, topology=topology)
+        look = Situation(about.alerts, about.entry, onset, now, topology=topology, configured=self._configured)
         return await self._look(about, look, onset - prometheus.window_seconds)
 
     async def since(self, incident: Incident, names: Collection[str], start: float) -> Situation:
@@ -193,6 +193,12 @@ class Situations:
         left = seconds - (time.monotonic() - began)
         history, missing = await archive.of_look(request, names, reach.result(), look.onset, budget, left)
         return replace(look, evidence=(*look.evidence, *missing), history=history)
+
+    @property
+    def _configured(self) -> frozenset[str]:
+        """What proposals may need of the configuration."""
+        kubernetes = self.config.kubernetes
+        return frozenset(f"diagnostic/{name}" for name in kubernetes.diagnostics if kubernetes.enabled)
 
     def _seconds(self, about: About) -> float:
         """What is left of the one deadline for all evidence."""

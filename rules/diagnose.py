@@ -460,6 +460,8 @@ def _proposal(
 ) -> Proposal | None:
     """The proposal with its references resolved, or None if one of them finds nothing. Where it points at one of
     several facts that come close to each other, a person must choose: at most `approve`."""
+    if template.configured and template.configured not in observer.situation.configured:
+        return None
     seen = NOTHING
     for line in cause.evidence:
         if line.column == template.using:

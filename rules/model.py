@@ -206,7 +206,8 @@ class Situation:
     """All that a diagnosis may look at, frozen. Normal is `time < onset`, abnormal is `time >= onset`.
 
     `quiet` are windows (start, end), in the normal part or in the times of `history`, during which an earlier incident
-    was open: they are no baseline.
+    was open: they are no baseline. `configured` names what the operator has set up and some proposals need; where
+    nobody says (a recording), none is.
     """
 
     alerts: tuple[Alert, ...]
@@ -219,6 +220,7 @@ class Situation:
     spans: Spans | None = None
     logs: Logs | None = None
     history: tuple[History, ...] = ()
+    configured: frozenset[str] = frozenset()
 
     def facts(self, kind: str) -> tuple[Fact, ...]:
         return tuple(f for e in self.evidence for f in e.facts if f.kind == kind)

@@ -169,11 +169,14 @@ class Reference(_Strict, frozen=True, kw_only=True):
 
 class ProposalTemplate(_Strict, frozen=True, kw_only=True):
     """An action by name. `using` names the evidence column whose leading fact or series `fact.*` and `label.*` mean; a
-    reference that finds nothing withdraws the whole proposal."""
+    reference that finds nothing withdraws the whole proposal, and so does a `configured` that is not among what the
+    operator has set up (`Situation.configured`): `diagnostic/thread_dump` is the one of that name in
+    `kubernetes.diagnostics`."""
 
     action: str
     params: dict[str, Scalar | Reference] = {}
     using: str = ""
+    configured: str = ""
     reason: str = ""
     runbook: str = ""
     autonomy_cap: Literal["observe", "suggest", "approve", "auto"] = "auto"

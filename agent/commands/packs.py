@@ -91,7 +91,8 @@ def _tell(name: str, cause: Cause, packs: PackSet, rules: dict[str, str]) -> Non
     for rule, title in rules.items():
         say(f"{INDENT}rule {rule}: {title}")
     for proposal in cause.proposals:
-        say(f"{INDENT}proposes {proposal.action}, at most {proposal.autonomy_cap}")
+        where = f", where {proposal.configured} is configured" if proposal.configured else ""
+        say(f"{INDENT}proposes {proposal.action}, at most {proposal.autonomy_cap}{where}")
     if not cause.proposals:
         say(f"{INDENT}no safe remedy{': ' if cause.no_remedy else ''}{cause.no_remedy}")
     if cause.runbook:

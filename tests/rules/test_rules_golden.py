@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -92,6 +94,22 @@ def test_proposals_name_what_was_seen(packs: PackSet) -> None:
     assert (flag.action, flag.params) == ("feature_flag.set", {"flag": "live_recommendations", "value": False})
     (restart,) = diagnose(golden("worker_stopped"), packs).hypotheses[0].proposals
     assert (restart.action, restart.params) == ("service.restart", {"service": "worker"})
+
+
+def test_a_dump_is_proposed_before_the_restart_where_one_is_configured(packs: PackSet) -> None:
+    stuck = golden("worker_stopped")
+    named = {"namespace": "shop", "pod": "worker-0", "container": "app"}
+    alerts = tuple(msgspec.structs.replace(a, labels={**a.labels, **named}) for a in stuck.alerts)
+    in_a_pod = replace(stuck, alerts=alerts)
+    both = [diagnose(replace(in_a_pod, configured=frozenset(c)), packs) for c in ((), ("diagnostic/heap_histogram",))]
+    assert all([p.action for p in d.hypotheses[0].proposals] == ["service.restart"] for d in both)
+    configured = frozenset({"diagnostic/thread_dump"})
+    dump, alike, restart = diagnose(replace(in_a_pod, configured=configured), packs).hypotheses[0].proposals
+    assert [p.action for p in (dump, alike, restart)] == ["kubernetes.diagnose"] * 2 + ["service.restart"]
+    wanted = {"namespace": "shop", "name": "worker-0", "diagnostic": "thread_dump"}
+    assert (dump.params, alike.params) == ({**wanted, "container": "app"}, wanted)
+    (alone,) = diagnose(replace(stuck, configured=configured), packs).hypotheses[0].proposals
+    assert alone.action == "service.restart", "no pod, no dump out of one"
 
 
 def test_a_crash_and_a_hang_look_alike_from_outside_but_not_on_the_host(packs: PackSet) -> None:

@@ -43,6 +43,7 @@ CATALOGUE = {
     "feature_flag.set",
     "workers.scale",
     "diagnostic.capture",
+    "kubernetes.diagnose",
 }
 
 # Signals that only recordings bring: the names that public data sets have, for what the packs know.
