@@ -3,6 +3,7 @@ act, the test does."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,11 +16,13 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from chart import TOOLS
 
 from actions.builtin.kubernetes_api import KINDS
@@ -47,6 +50,15 @@ def gateway_definitions() -> list[Path]:
     """The Gateway API's own definitions of Gateway and HTTPRoute, of its standard channel."""
     directory = _built("gateway-api", "gateway", "sigs.k8s.io/gateway-api")
     return [directory / f"gateway.networking.k8s.io_{kind}.yaml" for kind in ("gateways", "httproutes")]
+
+
+def operator_definitions() -> list[Path]:
+    """The Prometheus operator's own definitions of what the chart makes for it."""
+    directory = _built(
+        "prometheus-operator", "prometheus-operator", "github.com/prometheus-operator/prometheus-operator"
+    )
+    kinds = ("servicemonitors", "prometheusrules", "alertmanagerconfigs")
+    return [directory / f"monitoring.coreos.com_{kind}.yaml" for kind in kinds]
 
 
 def _built(program: str, directory: str = "apiserver", module: str = "k8s.io/kubernetes") -> Path:
@@ -176,8 +188,10 @@ class Cluster:
             raise Answer(error.code, error.read().decode(errors="replace")) from None
         return text if raw else json.loads(text)
 
-    def create(self, item: Document, *, dry_run: bool = False) -> Document:
-        query = "?dryRun=All" if dry_run else ""
+    def create(self, item: Document, *, dry_run: bool = False, strict: bool = False) -> Document:
+        """`strict`: as kubectl does it, an unknown field is an error."""
+        asked = ["dryRun=All"] * dry_run + ["fieldValidation=Strict"] * strict
+        query = "?" + "&".join(asked) if asked else ""
         made: Document = self.call("POST", _collection(item) + query, item)
         return made
 
@@ -294,3 +308,54 @@ def container_status(restarts: int, reason: str = "", ready: bool = True) -> Doc
     if reason:
         status["lastState"] = {"terminated": {"reason": reason, "exitCode": 137, "finishedAt": "2026-01-01T00:00:00Z"}}
     return status
+
+
+DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+
+
+class Definition(yaml.SafeLoader):
+    """With `=` as the text that it is everywhere but in YAML 1.1."""
+
+
+Definition.add_constructor("tag:yaml.org,2002:value", yaml.SafeLoader.construct_yaml_str)
+
+
+@contextlib.contextmanager
+def defined(cluster: Cluster, files: list[Path]) -> Iterator[None]:
+    """With these custom resources, once the server serves them. They go again with all objects: the other modules'
+    server has none."""
+    made: list[Document] = []
+    try:
+        for file in files:
+            definition = yaml.load(file.read_text(), Definition)
+            cluster.create(definition)
+            made.append(definition)
+        asyncio.run(_served(cluster, made))
+        yield
+    finally:
+        for definition in made:
+            cluster.call("DELETE", f"{DEFINITIONS}/{definition['metadata']['name']}")
+
+
+async def _served(cluster: Cluster, definitions: list[Document]) -> None:
+    """Established takes the server a moment and is told by a condition; then each is served by its own handler."""
+    async with asyncio.timeout(60):
+        for definition in definitions:
+            while True:
+                found = await asyncio.to_thread(cluster.call, "GET", f"{DEFINITIONS}/{definition['metadata']['name']}")
+                conditions = {c["type"]: c["status"] for c in found.get("status", {}).get("conditions") or []}
+                if conditions.get("Established") == "True":
+                    break
+                await asyncio.sleep(0.1)
+        for definition in definitions:
+            spec = definition["spec"]
+            version = next(v["name"] for v in spec["versions"] if v["served"])
+            while True:
+                try:
+                    path = f"/apis/{spec['group']}/{version}/{spec['names']['plural']}"
+                    await asyncio.to_thread(cluster.call, "GET", path)
+                    break
+                except Answer as error:
+                    if error.status != 404:
+                        raise
+                    await asyncio.sleep(0.1)

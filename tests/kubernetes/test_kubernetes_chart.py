@@ -222,6 +222,7 @@ def test_every_action_of_the_chart_is_in_the_table() -> None:
         ("gateway.parentRefs[0].namespace=gateways", "parentRefs"),
         ("gateway.hostnames={https://medic.example.com}", "hostnames"),
         ("image.digest=sha256:12", "digest"),
+        ("serviceMonitor.labels.release=two words", "labels"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values: str, word: str) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import yaml
 from chart import CHART, helm, kinds, objects
 from chart import template as rendered
-from cluster import Answer, Cluster, Document, gateway_definitions
+from cluster import Answer, Cluster, Document, defined, gateway_definitions
 
 pytestmark = pytest.mark.full
 GROUP = "/apis/gateway.networking.k8s.io/v1"
-DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 NAMESPACE = "by-gateway"
 
 
@@ -37,15 +34,8 @@ def with_values(values: Document) -> Document:
 
 @pytest.fixture(scope="module")
 def gateways(cluster: Cluster) -> Iterator[Cluster]:
-    """With the definitions, a gateway, and the release's other objects. The definitions go again, since the other
-    modules' server has none."""
-    made: list[str] = []
-    try:
-        for file in gateway_definitions():
-            definition = yaml.safe_load(file.read_text())
-            cluster.create(definition)
-            made.append(definition["metadata"]["name"])
-        asyncio.run(served(cluster, made))
+    """With the definitions, a gateway, and the release's other objects."""
+    with defined(cluster, gateway_definitions()):
         for namespace in (NAMESPACE, "gateways"):
             cluster.namespace(namespace)
         for item in release():
@@ -58,37 +48,10 @@ def gateways(cluster: Cluster) -> Iterator[Cluster]:
                          "metadata": {"name": "public", "namespace": "gateways"},
                          "spec": {"gatewayClassName": "any", "listeners": [listener]}})  # fmt: skip
         yield cluster
-    finally:
-        for name in made:
-            cluster.call("DELETE", f"{DEFINITIONS}/{name}")
-
-
-async def served(cluster: Cluster, names: list[str]) -> None:
-    """Waits until the server has established each, which takes it a moment and is told by a condition."""
-    async with asyncio.timeout(60):
-        for name in names:
-            while True:
-                found = await asyncio.to_thread(cluster.call, "GET", f"{DEFINITIONS}/{name}")
-                conditions = {c["type"]: c["status"] for c in found.get("status", {}).get("conditions") or []}
-                if conditions.get("Established") == "True":
-                    break
-                await asyncio.sleep(0.1)
-        while True:  # established, and then served by its own handler
-            try:
-                await asyncio.to_thread(cluster.call, "GET", f"{GROUP}/httproutes")
-                return
-            except Answer as error:
-                if error.status != 404:
-                    raise
-                await asyncio.sleep(0.1)
 
 
 def create(cluster: Cluster, item: Document, *, dry_run: bool = False) -> Document:
-    """As kubectl does: an unknown field is an error."""
-    plural = item["kind"].lower() + "s"
-    query = "?fieldValidation=Strict" + ("&dryRun=All" if dry_run else "")
-    made: Document = cluster.call("POST", f"{GROUP}/namespaces/{item['metadata']['namespace']}/{plural}{query}", item)
-    return made
+    return cluster.create(item, dry_run=dry_run, strict=True)
 
 
 def test_the_route_is_taken_and_leads_from_the_gateway_to_the_service(gateways: Cluster) -> None:
