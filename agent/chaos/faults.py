@@ -145,16 +145,17 @@ class Network:
 
 @dataclass
 class Backlog:
-    """A campaign fills the queue: jobs that nobody waits for at once, and that are done in order like all others."""
+    """A campaign fills the queue: jobs that nobody waits for at once, and that are done in order like all others.
+    `clear` takes out what is left of them, and gives the worker the pool that it had: the next fault needs that."""
 
     shop: Shop
     jobs: float = 500
-    _last: int = 0
+    _usual: int = 0  # the worker's pool
 
     async def inject(self) -> float:
+        self._usual = (await demo.put(f"{self.shop.worker}/pool", None, "GET"))["size"]
         connection = await asyncpg.connect(self.shop.database, timeout=5)
         try:
-            self._last = await connection.fetchval("SELECT coalesce(max(id), 0) FROM jobs", timeout=5)
             await connection.execute(
                 "INSERT INTO jobs (order_id, expires_at) "
                 "SELECT 0, now() + interval '1 hour' FROM generate_series(1, $1)",
@@ -173,6 +174,8 @@ class Backlog:
             )
         finally:
             connection.terminate()
+        if self._usual:
+            await demo.put(f"{self.shop.worker}/pool", {"size": self._usual})
 
 
 @dataclass

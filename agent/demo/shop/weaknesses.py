@@ -38,7 +38,7 @@ POOL = "shop"
 FEED_STACK_BYTES = 512 * 1024
 FEED_SECONDS = 5.0
 AUDIT_SECONDS = 10.0
-DUMPED_LINES = 450  # of an answer, at the level DEBUG
+DUMPED_LINES = 700  # of an answer, at the level DEBUG
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO}
 
 
