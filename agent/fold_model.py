@@ -197,6 +197,9 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str = ""
 
 
+TRIED: frozenset[PlanState] = frozenset({"done", "failed"})
+
+
 class PastPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An earlier round's plan: enough to see what was tried."""
 
@@ -287,15 +290,15 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     @property
     def only_looked(self) -> bool:
-        """The plan was carried out and consisted of looks alone: what it captured is kept, and nothing was changed."""
-        return self.plan is not None and self.plan_state == "done" and all(s.read_only for s in self.plan.steps)
+        """The plan is over, well or badly, and consisted of looks alone: what it saw is kept, nothing was changed."""
+        return self.plan is not None and self.plan_state in TRIED and all(s.read_only for s in self.plan.steps)
 
     @property
     def carried_out(self) -> tuple[str, ...]:
-        """Actions of the plans that were carried out since it was opened or reopened."""
+        """Actions of the plans that were carried out, well or badly, since it was opened or reopened."""
         earlier = self.past[-(self.rounds - 1) :] if self.rounds > 1 else []  # a round makes at most one plan
-        done = [action for past in earlier if past.ended == "done" for action in past.actions]
-        current = self.plan.steps if self.plan is not None and self.plan_state == "done" else ()
+        done = [action for past in earlier if past.ended in TRIED for action in past.actions]
+        current = self.plan.steps if self.plan is not None and self.plan_state in TRIED else ()
         return (*done, *(step.action for step in current))
 
     @property

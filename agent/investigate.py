@@ -455,8 +455,9 @@ class Investigation:
             await self._decline(incident, Declined(reason=refusal, detail=outcome.reason))
             return None
         recovered = outcome.result == "verified"
-        if recovered and incident.only_looked:
-            await self._move(incident, _I.VERIFYING, "it only looked: what it captured is kept, nothing was changed")
+        if incident.only_looked:
+            came = "what it captured is kept" if recovered else f"the look failed ({outcome.reason})"
+            await self._move(incident, _I.VERIFYING, f"it only looked: {came}, nothing was changed")
             return None
         if recovered:
             await self._move(incident, _I.VERIFYING, "the steps ran, and the series are good again")

@@ -147,7 +147,11 @@ class World:
 
     async def verified(self, id: str) -> None:
         """Every step of its plan was carried out."""
-        path = [StepState.PLANNED, StepState.INTENT, StepState.RAN, StepState.VERIFIED]
+        await self.went(id, StepState.INTENT, StepState.RAN, StepState.VERIFIED)
+
+    async def went(self, id: str, *states: StepState) -> None:
+        """Every step of its plan went this way."""
+        path = [StepState.PLANNED, *states]
         plan = self.incident(id).plan
         assert plan is not None
         for n in range(len(plan.steps)):

@@ -219,6 +219,18 @@ async def test_a_look_resolves_nothing(world: World) -> None:
     assert 'healings_total{result="started"} 1.0' not in world.telemetry.render()[0].decode()
 
 
+async def test_a_look_that_fails_does_not_stand_before_the_remedy(world: World) -> None:
+    id = await world.acting(read_only=True)
+    await world.went(id, StepState.INTENT, StepState.FAILED, StepState.HANDED_OVER)
+    world.remediation.outcome = world.outcome(id, "handed_over", "handed_over")
+    await acted(world, id)
+    await world.investigation.advance(id)
+    incident = world.incident(id)
+    assert incident.state in (_I.INVESTIGATING, _I.DIAGNOSED)
+    assert incident.carried_out == ("a",), "it is not looked at again"
+    assert any("the look failed (handed_over)" in line.text for line in incident.story)
+
+
 async def test_healing_is_counted_once_however_often_it_is_tried(world: World) -> None:
     id = await world.acting()
     world.remediation.outcome = world.outcome(id, "interrupted", "planned")
