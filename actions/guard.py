@@ -13,7 +13,7 @@ import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -56,6 +56,7 @@ __all__ = [
     "consider",
     "decide",
     "describe",
+    "differs",
     "dry_run",
     "early_values",
     "make_step",
@@ -209,6 +210,48 @@ def recheck(plan: Plan, definition: ActionDefinition | None, context: GuardConte
     if plan.autonomy == "auto" and verdict:
         return Declined(reason=verdict[0].reason, detail=verdict[0].detail, action=definition.name)
     return None
+
+
+def differs(waiting: Plan, fresh: Plan, definition: ActionDefinition | None) -> str:
+    """What a newer look's plan has that the waiting one has not, "" where both do the same to the same targets for the
+    same cause, on the same terms. That they were made at different times is no difference; what people read beside a
+    plan (reason, notes, the gates that demoted it) is none either. What cannot be compared differs."""
+    if (waiting.cause, waiting.service) != (fresh.cause, fresh.service):
+        return f"the cause is {fresh.cause} on {fresh.service} now, not {waiting.cause} on {waiting.service}"
+    if [s.action for s in waiting.steps] != [s.action for s in fresh.steps]:
+        return f"the action is {_names(s.action for s in fresh.steps)} now"
+    before, now = [s.target for s in waiting.steps], [s.target for s in fresh.steps]
+    if before != now:
+        return f"the target is {_names(now)} now, not {_names(before)}"
+    try:
+        steps = tuple(_made_at(f, w, definition) for f, w in zip(fresh.steps, waiting.steps, strict=True))
+    except (ParameterError, KeyError) as error:
+        return f"the steps cannot be compared: {error}"
+    if steps != waiting.steps:
+        return "the steps have other parameters or limits now"
+    terms = ("autonomy", "persons", "verify", "verify_seconds", "verify_query")
+    changed = [name for name in terms if getattr(waiting, name) != getattr(fresh, name)]
+    return f"{_names(changed)} changed" if changed else ""
+
+
+def _made_at(fresh: Step, waiting: Step, definition: ActionDefinition | None) -> Step:
+    """The fresh step as it would have been when the waiting one was made."""
+    declared = definition.parameters if definition is not None and definition.name == fresh.action else {}
+    moments = [n for n, p in declared.items() if p.origin == "plan" and p.source_key == "planned_at"]
+    if definition is None or not moments:
+        return fresh
+    params = {**fresh.params, **{n: waiting.params[n] for n in moments}}
+    return msgspec.structs.replace(
+        fresh,
+        params=params,
+        argv=rendered(definition.argv, params, definition),
+        check=rendered(definition.check, params, definition),
+        undo=rendered(definition.undo, params, definition),
+    )
+
+
+def _names(names: Iterable[str]) -> str:
+    return _shorten(", ".join(names))
 
 
 def approval_valid(plan: Plan, approval: ApprovalLike, now: float) -> Declined | None:

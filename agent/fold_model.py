@@ -26,7 +26,8 @@ The life of an incident (`INCIDENT_MOVES`); every edge and who takes it:
     verifying -> escalated                still bad, and nothing left to try
     {diagnosed, suggested, awaiting_approval, declined, verifying} -> investigating
                                           new alerts or new evidence: another round (also when Alertmanager said
-                                          "resolved" and the series are still bad)
+                                          "resolved" and the series are still bad); what waits for approval stays
+                                          decidable meanwhile, and stays the plan where the look comes to the same
     {open, investigating, diagnosed, suggested, awaiting_approval, declined, acting} -> verifying
                                           Alertmanager said "resolved": a claim, which the series must confirm
     {resolved, escalated} -> open         reopened: only the fold does this, on a firing alert within the reopen window
@@ -54,6 +55,7 @@ MAX_STORY = 300
 MAX_STORY_CLOSED = 120
 MAX_PAST = 20
 MAX_MODELS = 50  # versions kept; the one that serves always is
+CONFIRMED_TOLD = 10  # of so many looks that confirm a plan one is told
 MAX_MOVES = 64  # of one step; a step has some ten, retries by a check more
 
 
@@ -103,7 +105,7 @@ PlanState = Literal[
     "approved",
     "rejected",
     "expired",
-    "withdrawn",  # overtaken before anything ran (resolved, new alerts, denied): an approval no longer counts
+    "withdrawn",  # overtaken before anything ran (resolved, denied, another plan): an approval no longer counts
     "running",
     "done",  # every step verified
     "failed",
@@ -210,6 +212,8 @@ class PastPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     states: tuple[StepState, ...]
     ended: PlanState
     made_at: float
+    digest: str = ""  # where nothing of it had begun when another plan took its place,
+    why: str = ""  # and why
 
 
 class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -253,6 +257,7 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
     plan: Plan | None = None
     plan_digest: str = ""
     plan_state: PlanState = ""
+    confirmed: int = 0  # looks that came to `plan` again
     steps: list[StepView] = []
     past: list[PastPlan] = []
     approvals: list[Approval] = []
@@ -313,8 +318,30 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
             del self.story[MAX_STORY // 3]
             self.story_dropped += 1
 
-    def archive_plan(self) -> None:
-        """The current plan becomes one of the past ones."""
+    @property
+    def told_before(self) -> bool:
+        """A look that finds the plan as it is says nothing new: one of `CONFIRMED_TOLD` is told."""
+        stands = self.plan_state in ("waiting", "approved", "suggested", "withdrawn")
+        return stands and self.confirmed % CONFIRMED_TOLD != 0
+
+    def why_not_confirmed(self, at: float) -> str:
+        """Why a look at `at` that comes to the same plan cannot leave it in its place, "" if it can. What was approved
+        and then withdrawn never comes back: that approval must not count any more."""
+        plan = self.plan
+        if plan is None:
+            return "there is no plan"
+        if not at < plan.expires_at:
+            return "it has expired"
+        if self.plan_state in ("waiting", "suggested", "approved", "rejected"):
+            return ""
+        begun = any(step.moves for step in self.steps)
+        decided = any(a.counted and a.plan == plan.id for a in self.approvals)
+        if self.plan_state != "withdrawn" or plan.autonomy != "approve" or begun:
+            return f"it is {self.plan_state}"
+        return "it was decided on, and then withdrawn" if decided else ""
+
+    def archive_plan(self, why: str = "") -> None:
+        """The current plan becomes one of the past ones. `why` another one takes its place, where nothing had begun."""
         plan = self.plan
         if plan is None:
             return
@@ -327,10 +354,12 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
                 states=tuple(s.state for s in self.steps),
                 ended=self.plan_state,
                 made_at=plan.made_at,
+                digest=self.plan_digest if why else "",
+                why=why,
             )
         )
         del self.past[:-MAX_PAST]
-        self.plan, self.plan_digest, self.plan_state, self.steps = None, "", "", []
+        self.plan, self.plan_digest, self.plan_state, self.steps, self.confirmed = None, "", "", [], 0
 
     def copy(self) -> Incident:
         """With containers of its own; what they hold is frozen and shared."""

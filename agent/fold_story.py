@@ -24,6 +24,7 @@ from agent.journal.records import (
     ModelMade,
     Noted,
     PauseSet,
+    PlanConfirmed,
     PlanDeclined,
     PlanMade,
     StepRecorded,
@@ -123,7 +124,8 @@ def precedent_words(precedent: Precedent, now: float) -> str:
     days = max(0.0, now - precedent.at) / 86400.0
     ago = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours" if days * 24 >= 2 else f"{days * 1440:.0f} min"
     sure = {"feedback": "a person said so", "verified": "verified by what fixed it"}
-    cause = f"{plain(precedent.cause, 80)} on {plain(precedent.service, 80)}" if precedent.cause else "cause unknown"
+    named = plain(precedent.title or precedent.cause, 80)
+    cause = f"{named} on {plain(precedent.service, 80)}" if precedent.cause else "cause unknown"
     fixed = f", fixed by {_list([plain(a, 80) for a in precedent.fixed_by])}" if precedent.fixed_by else ""
     alike = f"{precedent.similarity:.0%} alike"
     known = sure.get(precedent.confirmed, "unconfirmed")
@@ -159,7 +161,15 @@ def plan_made(record: PlanMade) -> str:
     waits = "waits for approval" if plan.persons == 1 else f"waits for approval by {plan.persons} people"
     word = {"auto": "goes on by itself", "approve": waits}.get(plan.autonomy, "is a suggestion only")
     notes = f" ({plain('; '.join(plan.notes))})" if plan.notes else ""
-    return f"plan {plan.id}: {steps}; it {word}{notes}"
+    instead = f"; it takes the place of {plain(record.replaces, 80)}: {plain(record.why)}" if record.replaces else ""
+    return f"plan {plan.id}: {steps}; it {word}{notes}{instead}"
+
+
+def plan_confirmed(record: PlanConfirmed, before: int, *, again: bool) -> str:
+    """`before`: looks that confirmed it already; `again`: it had been withdrawn, and waits again."""
+    looks = f"{before + 1} newer looks confirm" if before else "a newer look confirms"
+    stays = "it waits again" if again else "it stays as it is"
+    return f"{looks} plan {plain(record.plan, 80)}: {stays}"
 
 
 def plan_declined(record: PlanDeclined) -> str:

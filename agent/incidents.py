@@ -57,6 +57,7 @@ from agent.journal.records import (
     Noted,
     PauseSet,
     PayloadReceived,
+    PlanConfirmed,
     PlanDeclined,
     PlanMade,
     Record,
@@ -131,6 +132,8 @@ def _apply(state: State, seq: int, record: Record, sent: UsualPayload | None) ->
             return _diagnosed(state, seq, record)
         case PlanMade():
             return _plan_made(state, seq, record)
+        case PlanConfirmed():
+            return _plan_confirmed(state, seq, record)
         case PlanDeclined():
             return _plan_declined(state, seq, record)
         case ApprovalGiven():
@@ -221,6 +224,8 @@ def check(state: State, record: Record) -> None:
                 _known(state, record.incident)
         case PlanMade():
             _check_plan(_known(state, record.plan.incident))
+        case PlanConfirmed():
+            _check_confirmed(_known(state, record.incident), record)
         case StepRecorded():
             _check_step(_known(state, record.move.incident), record)
         case _:
@@ -253,6 +258,13 @@ def _check_plan(incident: Incident) -> None:
         raise IllegalMove(f"incident {incident.id}: a new plan while step {incident.unsettled[0]} is under way")
 
 
+def _check_confirmed(incident: Incident, record: PlanConfirmed) -> None:
+    if incident.state is not _I.DIAGNOSED or incident.plan is None or incident.plan.id != record.plan:
+        raise IllegalMove(f"incident {incident.id}: plan {record.plan} is confirmed, but no look came to it")
+    if why := incident.why_not_confirmed(record.at):
+        raise IllegalMove(f"incident {incident.id}: plan {record.plan} is confirmed, but {why}")
+
+
 def _check_step(incident: Incident, record: StepRecorded) -> None:
     move = record.move
     if incident.plan is None or incident.plan.id != move.plan:
@@ -278,10 +290,12 @@ def _moved(state: State, seq: int, record: IncidentMoved) -> Changes:
     after = IncidentState(record.after)
     incident.state, incident.reason, incident.refusal = after, record.reason, record.refusal
     incident.moved_at = record.at
-    incident.tell(record.at, story.incident_moved(record), "incident_moved")
+    if not _told_with_plan(incident, record):
+        incident.tell(record.at, story.incident_moved(record), "incident_moved")
     if after is IncidentState.INVESTIGATING:
         incident.rounds += 1
-    if after not in PLAN_STANDS and incident.plan_state in NOT_BEGUN:
+    kept = record.keeps_plan and after is _I.INVESTIGATING
+    if after not in PLAN_STANDS and incident.plan_state in NOT_BEGUN and not kept:
         # overtaken: an approval must not count any more, nor the one that came allow an intent
         expired = record.refusal is Refusal.APPROVAL_EXPIRED
         incident.plan_state = "expired" if expired else "withdrawn"
@@ -300,6 +314,17 @@ def _moved(state: State, seq: int, record: IncidentMoved) -> Changes:
     return Changes((incident.id,), closed=(incident.id,))
 
 
+def _told_with_plan(incident: Incident, record: IncidentMoved) -> bool:
+    """Moves of a look that confirms a plan: what becomes of it is told by `PlanConfirmed`, once in a while."""
+    match record.after:
+        case _I.AWAITING_APPROVAL | _I.SUGGESTED:
+            return incident.confirmed > 0 and record.before == _I.DIAGNOSED
+        case _I.INVESTIGATING:
+            return incident.told_before and record.keeps_plan
+        case _:
+            return incident.told_before and record.after == _I.DIAGNOSED
+
+
 def _diagnosed(state: State, seq: int, record: Diagnosed) -> Changes:
     if record.incident not in state.incidents:
         return NOTHING
@@ -311,6 +336,9 @@ def _diagnosed(state: State, seq: int, record: Diagnosed) -> Changes:
     incident.evidence_at = record.evidence_at
     incident.justification = record.justification
     incident.signature, incident.precedents = record.signature, record.precedents
+    best, plan = record.diagnosis.best, incident.plan
+    if incident.told_before and best and plan and (best.cause, best.service) == (plan.cause, plan.service):
+        return Changes((incident.id,))
     incident.tell(record.at, story.diagnosed(record), "diagnosed")
     if record.precedents:
         incident.tell(record.at, story.precedent_words(record.precedents[0], record.at), "diagnosed")
@@ -323,13 +351,29 @@ def _plan_made(state: State, seq: int, record: PlanMade) -> Changes:
         return NOTHING
     incident = state.touch(plan.incident, record.at, seq)
     _check_plan(incident)
-    incident.archive_plan()
+    if record.replaces and incident.plan_state in NOT_BEGUN:
+        incident.plan_state = "withdrawn"
+    incident.archive_plan(record.why)
     incident.plan, incident.plan_digest = plan, plan.digest
     incident.steps = [StepView() for _ in plan.steps]
     incident.plan_state = (
         "granted" if plan.autonomy == "auto" else "waiting" if plan.autonomy == "approve" else "suggested"
     )
     incident.tell(record.at, story.plan_made(record), "plan_made")
+    return Changes((incident.id,))
+
+
+def _plan_confirmed(state: State, seq: int, record: PlanConfirmed) -> Changes:
+    if record.incident not in state.incidents:
+        return NOTHING
+    incident = state.touch(record.incident, record.at, seq)
+    _check_confirmed(incident, record)
+    again = incident.plan_state == "withdrawn"
+    if again:
+        incident.plan_state = "waiting"
+    if again or not incident.told_before:
+        incident.tell(record.at, story.plan_confirmed(record, incident.confirmed, again=again), "plan_confirmed")
+    incident.confirmed += 1
     return Changes((incident.id,))
 
 

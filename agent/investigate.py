@@ -30,7 +30,7 @@ from agent.config import Config
 from agent.engines import Engine, matched
 from agent.fold_model import FINAL, Incident, IncidentState
 from agent.fold_story import plain
-from agent.journal.records import Diagnosed, IncidentMoved, Noted, PlanDeclined, PlanMade, Record
+from agent.journal.records import Diagnosed, IncidentMoved, Noted, PlanConfirmed, PlanDeclined, PlanMade, Record
 from agent.journal.wal import JournalError
 from agent.learning import Learning, precedents
 from agent.remediation import Remediation
@@ -172,7 +172,7 @@ class Investigation:
 
     async def _diagnosed(self, incident: Incident) -> float | None:
         """The guard's word on the best proposal; a weak answer is looked at again while there are rounds left."""
-        if incident.has_news:
+        if incident.has_news and incident.plan_state != "approved":  # that was given while news came: it is not put off
             await self._move(incident, _I.INVESTIGATING, "more alerts came in")
             return None
         diagnosis = incident.diagnosis
@@ -209,14 +209,24 @@ class Investigation:
         return best.posterior < guard.min_posterior or diagnosis.margin < guard.min_margin
 
     async def _plan(self, incident: Incident, plan: Plan) -> None:
+        """The plan of this look. Where it is the one that waits already, that stays: people may hold links to it."""
         state = {"auto": _I.ACTING, "approve": _I.AWAITING_APPROVAL}.get(plan.autonomy, _I.SUGGESTED)
         reason = "; ".join(plan.notes) if state is not _I.ACTING else plan.reason
         refusal = plan.demoted_by[0] if plan.demoted_by else None
+        now, before = self.clock(), incident.plan
+        why = ""
+        if before is not None and incident.plan_state not in ("running", "done", "failed"):
+            why = incident.why_not_confirmed(now) or self.remediation.differs(before, plan)
+            if not why:
+                failpoint("investigate_before_confirmed")
+                confirmed = PlanConfirmed(at=now, incident=incident.id, plan=before.id)
+                await self._record(confirmed, self._moved(incident, state, reason, refusal))
+                return
         for demotion in plan.demoted_by:
             self.telemetry.refused(demotion)
         failpoint("investigate_before_plan")
         await self._record(
-            PlanMade(at=self.clock(), plan=plan),
+            PlanMade(at=now, plan=plan, replaces=before.id if before is not None and why else "", why=why),
             self._moved(incident, state, reason, refusal if state is not _I.ACTING else None),
         )
         failpoint("investigate_after_plan")
@@ -378,6 +388,10 @@ class Investigation:
         at: float | None = None,
         seen: int = 0,
     ) -> IncidentMoved:
+        waits = incident.state in (_I.AWAITING_APPROVAL, _I.DIAGNOSED) and incident.plan_state in (
+            "waiting",
+            "approved",
+        )
         return IncidentMoved(
             at=self.clock() if at is None else at,
             incident=incident.id,
@@ -386,6 +400,7 @@ class Investigation:
             reason=reason,
             refusal=refusal,
             seen=seen,
+            keeps_plan=waits and after is _I.INVESTIGATING,
         )
 
     async def _move(

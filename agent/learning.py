@@ -177,4 +177,5 @@ def _precedent(other: Incident, alike: float) -> Precedent:
         service=service,
         confirmed="feedback" if given is not None else "verified" if done else "",
         fixed_by=tuple(step.action for step in plan.steps) if plan is not None and helped else (),
+        title=next((h.title for h in diagnosis.hypotheses if h.cause == cause), "") if diagnosis is not None else "",
     )

@@ -23,7 +23,7 @@ from actions.breaker import Breaker
 from actions.model import Declined, Plan, Refusal
 from actions.policy import GuardPolicy
 from agent.fold_changes import PER_HOUR, ChangeTold
-from agent.fold_model import Approval, Incident, IncidentState, person_of
+from agent.fold_model import Approval, Incident, IncidentState, PastPlan, person_of
 from agent.http.api import ApprovalAnswer, Changed, Outcome, Said, TooMany
 from agent.journal.records import (
     ApprovalGiven,
@@ -39,6 +39,8 @@ from agent.learning import Learning
 from agent.signed import Link, LinkError, verified
 from agent.store import Store
 from sandbox.failpoint import failpoint
+
+_STALE = Refusal.APPROVAL_STALE
 
 
 class Breakers(Protocol):
@@ -167,7 +169,8 @@ class Operations:
         incident = self._store.state.incident(wanted.incident)
         if incident is None:
             return ApprovalAnswer(outcome="unknown_incident", incident=wanted.incident, detail="no such incident")
-        if (before := _given(incident, wanted)) is not None:
+        replaced = _replaced(incident, wanted.digest) is not None  # what was said of it then leads to nothing any more
+        if not replaced and (before := _given(incident, wanted)) is not None:
             return _answer(incident, before, again=True)
         now = self._clock()
         refused = _refusal(incident, wanted.digest, now)
@@ -239,20 +242,38 @@ def _answer(incident: Incident, given: Approval, *, again: bool = False) -> Appr
     if outcome == "approved" and waiting:
         outcome = "partly_approved"
         detail = "; ".join(filter(None, [detail, "another person must approve it too"]))
+    elif outcome == "approved" and _looked_at(incident):
+        what = "the incident is being looked at again: it begins when that comes to the same plan"
+        detail = "; ".join(filter(None, [detail, what]))
     return ApprovalAnswer(outcome=outcome, incident=incident.id, plan=given.plan, detail=detail)
+
+
+def _replaced(incident: Incident, digest: str) -> PastPlan | None:
+    """The plan of that digest, where another one took its place before anything of it ran."""
+    return next((past for past in incident.past if digest and past.digest == digest), None)
+
+
+def _looked_at(incident: Incident) -> bool:
+    """A newer look is under way while its plan waits, or was just decided on."""
+    looking = incident.state in (IncidentState.INVESTIGATING, IncidentState.DIAGNOSED)
+    return looking and incident.plan_state in ("waiting", "approved", "rejected")
 
 
 def _refusal(incident: Incident, digest: str, now: float) -> tuple[Outcome, str, Refusal] | None:
     """Why a decision on the incident cannot be taken now."""
     decidable = (IncidentState.AWAITING_APPROVAL, IncidentState.SUGGESTED)
-    if incident.state not in decidable or incident.plan is None:
+    past = _replaced(incident, digest)
+    if past is not None:
+        what = f"another plan took the place of {past.plan}: {past.why}; look at the incident again"
+        return "stale_digest", what, _STALE
+    if incident.plan is None or not (incident.state in decidable or _looked_at(incident)):
         what = f"nothing waits for approval, the incident is {incident.state}"
-        return "nothing_waiting", what, Refusal.APPROVAL_STALE
+        return "nothing_waiting", what, _STALE
     if incident.plan_digest != digest:
         what = "the digest is not that of the incident's plan now: look at it again"
-        return "stale_digest", what, Refusal.APPROVAL_STALE
+        return "stale_digest", what, _STALE
     if incident.plan_state not in ("waiting", "suggested"):
-        return "refused", f"it was decided already: the plan is {incident.plan_state}", Refusal.APPROVAL_STALE
+        return "refused", f"it was decided already: the plan is {incident.plan_state}", _STALE
     if now >= incident.plan.expires_at:
         return "expired", "the plan has expired", Refusal.APPROVAL_EXPIRED
     return None

@@ -142,6 +142,10 @@ class Remediation:
         definition = self._catalog.get(action)
         return definition is not None and definition.read_only
 
+    def differs(self, waiting: Plan, fresh: Plan) -> str:
+        """What is different in a newer look's plan, "" where it is the waiting one."""
+        return guard.differs(waiting, fresh, self._catalog.get(fresh.steps[0].action) if fresh.steps else None)
+
     def recheck(self, incident: Incident) -> Declined | None:
         """The gates that time may have closed since the plan was made."""
         plan = incident.plan

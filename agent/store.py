@@ -33,6 +33,7 @@ from agent.journal.records import (
     IncidentMoved,
     Noted,
     PayloadReceived,
+    PlanConfirmed,
     PlanDeclined,
     PlanMade,
     Record,
@@ -338,6 +339,8 @@ def incident_of(record: Record) -> str:
     """The incident that a record is about, "" for one that is about none or several (alerts)."""
     match record:
         case IncidentMoved() | Diagnosed() | PlanDeclined() | ApprovalGiven() | Noted() | FeedbackGiven():
+            return record.incident
+        case PlanConfirmed():
             return record.incident
         case PlanMade():
             return record.plan.incident

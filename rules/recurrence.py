@@ -62,6 +62,7 @@ class Precedent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     service: str
     confirmed: Literal["feedback", "verified", ""] = ""
     fixed_by: tuple[str, ...] = ()
+    title: str = ""  # of the cause, where its diagnosis named it
 
 
 def signature_of(observer: Observer) -> Signature:

@@ -79,6 +79,7 @@ class IncidentMoved(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     reason: str = ""
     refusal: Refusal | None = None  # with after = declined, suggested or escalated
     seen: int = 0  # newest sequence number applied when this was written (the store fills it in); 0: not told
+    keeps_plan: bool = False  # with after = investigating: what waits may be decided on while it is looked at again
 
 
 class Diagnosed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="diagnosed"):
@@ -95,8 +96,21 @@ class Diagnosed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, t
 
 
 class PlanMade(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_made"):
+    """`replaces`: the plan of an earlier look, of which nothing had begun, and `why` it is not that one."""
+
     at: float
     plan: Plan
+    replaces: str = ""
+    why: str = ""
+
+
+class PlanConfirmed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_confirmed"):
+    """A newer look came to the incident's plan again: that stays as it is, with its id, its decisions and its end. One
+    that "resolved" had withdrawn waits again."""
+
+    at: float
+    incident: str
+    plan: str
 
 
 class PlanDeclined(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="plan_declined"):
@@ -198,6 +212,7 @@ Record = (
     | IncidentMoved
     | Diagnosed
     | PlanMade
+    | PlanConfirmed
     | PlanDeclined
     | ApprovalGiven
     | StepRecorded
@@ -223,6 +238,7 @@ KINDS: dict[str, type] = {
         IncidentMoved,
         Diagnosed,
         PlanMade,
+        PlanConfirmed,
         PlanDeclined,
         ApprovalGiven,
         StepRecorded,

@@ -38,9 +38,10 @@ USUAL = [
 ]
 UNDO = ["runner_before_undo", "runner_after_undo_intent", "runner_after_undo"]
 APPROVAL = ["operations_after_approval"]
+AGAIN = ["investigate_before_confirmed"]
 TINY = ["wal_segment_created", "wal_snapshot_written", "wal_snapshot_renamed", "wal_pruned"]
 CASES = [(name, "usual") for name in USUAL] + [(n, "undo") for n in UNDO] + [(n, "approval") for n in APPROVAL]
-CASES += [(name, "tiny") for name in TINY]
+CASES += [(name, "tiny") for name in TINY] + [(name, "again") for name in AGAIN]
 # These run in every test run, the others with the full volume (the kills around effects: test_crash_kills).
 ALWAYS = {
     "intake_before_record",
@@ -48,6 +49,7 @@ ALWAYS = {
     "wal_before_ack",
     "investigate_before_diagnosed",
     "operations_after_approval",
+    "investigate_before_confirmed",
     "wal_snapshot_renamed",
 }
 # The journal's failpoints are passed by every record: the third passage is the record that a webhook makes.

@@ -1,7 +1,8 @@
 """kill -9 at every named failpoint, after a 200: nothing acknowledged is lost, nothing non-idempotent happens twice.
 
 Each failpoint is reached by the scenario that leads there: the usual one (alert, diagnosis, action, verification), one
-whose action does not help (undo), one that waits for a person, and one with a tiny journal (segments, snapshots).
+whose action does not help (undo), one that waits for a person, one whose alert fires again meanwhile, and one with a
+tiny journal (segments, snapshots).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_world import ROOT, Agent, Services, query, until
@@ -38,7 +40,7 @@ def test_killed_at(name: str, scenario: str, services: Services, prometheus: str
         service,
         prometheus,
         services,
-        autonomy="approve" if scenario == "approval" else "auto",
+        autonomy="approve" if scenario in ("approval", "again") else "auto",
         extra=TINY_JOURNAL if scenario == "tiny" else "",
         verify_seconds=2.0 if scenario == "undo" else 15.0,
     )
@@ -74,17 +76,25 @@ def drive(agent: Agent, scenario: str) -> None:
             agent.alert(f"Many{n}", "resolved")
     if scenario == "approval":
         approve(agent)
+    if scenario == "again":
+        waiting(agent)
+        agent.alert("Broken")
     until(lambda: agent.dead, f"the failpoint is reached: {agent.log}")
 
 
 def approve(agent: Agent) -> None:
     """As a person would; the answer may be lost with the agent."""
-    waiting = until(
+    incidents = waiting(agent)
+    if not agent.dead:
+        agent.command("approve", incidents[0]["id"])
+
+
+def waiting(agent: Agent) -> Any:
+    """The incidents whose plan waits, once there is one; True where the agent is dead."""
+    return until(
         lambda: agent.dead or [i for i in agent.incidents() if i["state"] == "awaiting_approval"],
         "a plan waits for approval",
     )
-    if not agent.dead:
-        agent.command("approve", waiting[0]["id"])
 
 
 def settle(agent: Agent, scenario: str) -> None:
@@ -93,7 +103,7 @@ def settle(agent: Agent, scenario: str) -> None:
 
     def ended() -> bool:
         states = Counter(i["state"] for i in agent.incidents())
-        if scenario == "approval" and states["awaiting_approval"]:
+        if scenario in ("approval", "again") and states["awaiting_approval"]:
             approve(agent)
         return bool(states) and set(states) <= {"resolved", "escalated"}
 
@@ -114,6 +124,8 @@ def check(agent: Agent, scenario: str) -> None:
     assert set(effects) <= set(incidents)
     assert all(count == 1 for count in effects.values()), effects
     assert agent.command("journal", "verify").returncode == 0
+    if scenario == "again":
+        assert all(not i["past_plans"] for i in incidents.values())  # who was asked first was not asked anew
     if scenario == "undo":
         assert Counter(agent.lines("undone")).keys() == effects.keys()
     elif any(i["state"] == "resolved" for i in incidents.values()):

@@ -15,6 +15,7 @@ import pytest
 from agent_world import Agent, Services, free_port, query, start_alertmanager, start_prometheus, until
 
 NAMES = ["healed", "suggested", "approved", "rejected", "paused", "withdrawn", "blind", "missed", "claimed", "tenants"]
+NAMES += ["flapping", "moved"]
 
 
 @dataclass
@@ -155,6 +156,62 @@ def test_acts_when_approved_once(world: World, agent_of: Callable[..., Agent]) -
     assert "recorded before" in again.stdout
     in_state(agent, "resolved")
     assert agent.lines("effects") == [incident["id"]]
+
+
+def looked_again(agent: Agent, before: dict[str, Any]) -> dict[str, Any]:
+    """The incident once a newer look than `before` is over and a plan waits."""
+
+    def found() -> dict[str, Any] | None:
+        waiting = (i for i in agent.incidents() if i["state"] == "awaiting_approval")
+        return next((i for i in waiting if i["rounds"] > before["rounds"]), None)
+
+    incident: dict[str, Any] = until(found, f"a newer look is over: {agent.log}")
+    return incident
+
+
+def test_an_alert_that_fires_again_leaves_the_plan_to_who_was_asked(
+    world: World, agent_of: Callable[..., Agent]
+) -> None:
+    agent = agent_of("flapping", autonomy="approve", verify_seconds=20.0)
+    agent.start()
+    world.broken("flapping")
+    assert agent.alert("Broken") == 200
+    first = in_state(agent, "awaiting_approval")
+    assert agent.alert("Broken") == 200
+    second = looked_again(agent, first)
+    assert agent.alert("Another") == 200
+    third = looked_again(agent, second)
+    assert first["plan"] == second["plan"] == third["plan"]
+    assert "a newer look confirms plan" in json.dumps(third["story"])
+    approved = agent.command("approve", first["id"], "--digest", first["plan"]["digest"])
+    assert approved.returncode == 0, approved.stderr
+    in_state(agent, "resolved")
+    assert agent.lines("effects") == [first["id"]]
+
+
+def test_a_look_that_finds_another_target_asks_anew(world: World, agent_of: Callable[..., Agent]) -> None:
+    agent = agent_of("moved", autonomy="approve", verify_seconds=20.0)
+    action = agent.directory / "actions" / "crash.yaml"
+    looked_up = 'resolve: ["/bin/cat", "{directory}/targets.json"]\n    max_targets: 1'
+    action.write_text(action.read_text().replace("target: service={service}", looked_up))
+    targets = agent.directory / "targets.json"
+    targets.write_text('[{"identity": "pid=12,start=5"}]')
+    agent.start()
+    world.broken("moved")
+    assert agent.alert("Broken") == 200
+    first = in_state(agent, "awaiting_approval")
+    assert first["plan"]["steps"][0]["target"] == "pid=12,start=5"
+    targets.write_text('[{"identity": "pid=77,start=9"}]')
+    assert agent.alert("Broken") == 200
+    second = looked_again(agent, first)
+    assert second["plan"]["steps"][0]["target"] == "pid=77,start=9"
+    late = agent.command("approve", first["id"], "--digest", first["plan"]["digest"])
+    assert late.returncode != 0
+    assert "the target is pid=77,start=9 now, not pid=12,start=5" in late.stdout + late.stderr
+    assert agent.lines("effects") == []
+    assert agent.command("approve", second["id"], "--digest", second["plan"]["digest"]).returncode == 0
+    in_state(agent, "resolved")
+    assert agent.lines("effects") == [first["id"]]
 
 
 def test_a_rejected_plan_never_runs(world: World, agent_of: Callable[..., Agent]) -> None:

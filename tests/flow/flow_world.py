@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actions import guard
 from actions.model import Declined, Plan, Refusal, Step, StepMoved, StepState
 from actions.runner import PlanOutcome
 from agent.config import Config
@@ -67,6 +68,9 @@ class Remediation:
 
     def recheck(self, incident: Incident) -> Declined | None:
         return self.refusal
+
+    def differs(self, waiting: Plan, fresh: Plan) -> str:
+        return guard.differs(waiting, fresh, None)
 
     async def consider(self, incident: Incident) -> Plan | Declined:
         return self.plan

@@ -170,7 +170,7 @@ async def test_where_suggestions_are_only_that_nobody_approves_them(tmp_path: Pa
     await world.store.close()
 
 
-async def test_more_alerts_take_what_waits_back(desk: Desk) -> None:
+async def test_more_alerts_make_the_agent_look_again_while_the_plan_waits(desk: Desk) -> None:
     plan = await desk.plan()
     world = desk.world
     incident = world.store.state.touch(desk.id, NOW, world.store.state.seq)
@@ -178,7 +178,8 @@ async def test_more_alerts_take_what_waits_back(desk: Desk) -> None:
     await world.alert(name="Worse")
     await world.investigation._awaiting_approval(world.incident(desk.id))
     assert world.incident(desk.id).state is _I.INVESTIGATING
-    assert await desk.approve(plan.digest) == "nothing_waiting"
+    assert await desk.approve(plan.digest) == "approved"
+    assert world.incident(desk.id).state is _I.INVESTIGATING  # it begins when the look comes to the same plan
 
 
 async def test_decisions_of_an_older_journal_still_count(desk: Desk) -> None:

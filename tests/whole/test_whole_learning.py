@@ -190,7 +190,9 @@ async def test_an_incident_is_told_what_it_resembles(taught: Taught) -> None:
     assert (precedent.cause, precedent.service, precedent.confirmed) == ("process.memory_leak", "orders", "feedback")
     assert precedent.similarity > 0.99
     assert "seen before: " + first.id in as_text(third, taught.clock())
-    assert any(line.text.startswith(f"seen before: {first.id}") for line in third.story)
+    (told,) = [line.text for line in third.story if line.text.startswith(f"seen before: {first.id}")]
+    title = taught.whole.packs.causes["process.memory_leak"].title
+    assert f"alike: {title} on orders (a person said so)" in told  # in words, not by the cause's id
     assert second.signature is not None
     assert third.signature is not None
     other = msgspec.structs.replace(third, tenant="somebody-else")
