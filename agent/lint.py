@@ -15,9 +15,21 @@ from typing import Literal
 
 import promql_parser
 
-from agent.packs import line_at, lines_of, read_pack, shipped_texts, texts_in
+from agent.packs import line_at, lines_of, read_pack, read_rest, shipped_texts, texts_in
 from agent.sources.promql import TemplateError, render
-from rules.packs import STATES, Cause, Pack, PackError, PackSet, Pattern, Rule, Scalar, Signal, State
+from rules.packs import (
+    STATES,
+    Cause,
+    Pack,
+    PackError,
+    PackSet,
+    Pattern,
+    Rule,
+    Scalar,
+    Signal,
+    State,
+    loose_references,
+)
 from rules.subjects import ENTITIES, bindings_of
 
 KINDS = frozenset(
@@ -58,17 +70,25 @@ def lint(
 ) -> tuple[LintFault, ...]:
     """Every fault of the shipped packs and those of `dirs`, by file and line. `actions`: names and families that the
     catalogue has (None: not checked). Raises OSError for a directory that cannot be read."""
-    faults: list[LintFault] = []
     try:
         texts = [*shipped_texts(), *texts_in(dirs)]
     except PackError as error:
         return tuple(LintFault(error.where, f.line, "", f.reason) for f in error.faults)
+    faults: list[LintFault] = []
     read: list[_Read] = []
+    names: dict[str, set[str]] = {}
+    readable = True
     for where, text in texts:
         try:
             read.append(_Read(where, text, read_pack(text, where)))
         except PackError as error:
             faults += [LintFault(where, f.line, f.key, f.reason) for f in error.faults]
+            rest = read_rest(text, where)
+            readable &= rest is not None
+            if rest is not None:
+                read.append(_Read(where, text, rest[0]))
+                for table, defined in rest[1].items():
+                    names.setdefault(table, set()).update(defined)
     kept = [r for r in read if r.pack.pack not in disable]
     found: list[tuple[str, Path_, str]] = []
     if not faults:
@@ -78,10 +98,14 @@ def lint(
             found += [(str(f.path[0]), f.path[1:], f.reason) for f in error.faults if f.path]
         else:
             for r in kept:
-                found += [(r.pack.pack, path, reason) for path, reason in _of_set(r.pack, packs, actions)]
+                found += [(r.pack.pack, path, reason) for path, reason in _of_set(r.pack, packs)]
+    elif readable:  # else nobody knows what the file defines that is no YAML
+        loose = loose_references((r.pack for r in read), names)
+        found += [(str(f.path[0]), f.path[1:], f.reason) for f in loose]
     for r in kept:
-        found += [(r.pack.pack, path, reason) for path, reason in _of_pack(r.pack)]
-    return tuple(sorted({*faults, *_located(found, read)}))
+        found += [(r.pack.pack, path, reason) for path, reason in _of_pack(r.pack, actions)]
+    told = {(f.file, f.key) for f in faults}
+    return tuple(sorted({*faults, *(f for f in _located(found, read) if (f.file, f.key) not in told)}))
 
 
 def _located(found: Iterable[tuple[str, Path_, str]], read: Sequence[_Read]) -> list[LintFault]:
@@ -98,7 +122,7 @@ def _located(found: Iterable[tuple[str, Path_, str]], read: Sequence[_Read]) -> 
 # -- one pack
 
 
-def _of_pack(pack: Pack) -> list[tuple[Path_, str]]:
+def _of_pack(pack: Pack, actions: Collection[str] | None) -> list[tuple[Path_, str]]:
     faults: list[tuple[Path_, str]] = []
     for name, text in pack.queries.items():
         if problem := promql_fault(text):
@@ -111,6 +135,10 @@ def _of_pack(pack: Pack) -> list[tuple[Path_, str]]:
             faults.append(((*at, "no_remedy"), "says that there is no safe remedy, and proposes one"))
         if not any(given < otherwise for line in cause.evidence for given, otherwise in line.states.values()):
             faults.append(((*at, "evidence"), "nothing speaks against it: no state is less likely under this cause"))
+        for i, proposal in enumerate(cause.proposals):
+            if actions is not None and proposal.action not in actions:
+                where = (*at, "proposals", i, "action")
+                faults.append((where, f"unknown action {proposal.action}; `alertmedic actions list` names them"))
     return faults
 
 
@@ -129,17 +157,13 @@ def promql_fault(text: str) -> str:
 # -- one pack among all
 
 
-def _of_set(pack: Pack, packs: PackSet, actions: Collection[str] | None) -> list[tuple[Path_, str]]:
+def _of_set(pack: Pack, packs: PackSet) -> list[tuple[Path_, str]]:
     faults: list[tuple[Path_, str]] = []
     for name, cause in pack.causes.items():
         if twin := _twin(name, cause, packs):
             faults.append(
                 (("causes", name, "evidence"), f"is a copy of the evidence of {twin}: nothing tells them apart")
             )
-        for i, proposal in enumerate(cause.proposals):
-            if actions is not None and proposal.action not in actions:
-                at: Path_ = ("causes", name, "proposals", i, "action")
-                faults.append((at, f"unknown action {proposal.action}; `alertmedic actions list` names them"))
     for name, rule in pack.rules.items():
         for i, pattern in enumerate(rule.when):
             for key, reason in _unreachable(pattern, packs):

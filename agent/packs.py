@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from rules.learn import LearnedModel, ModelError, applied, parse_model
-from rules.packs import Fault, Pack, PackError, PackSet, parse_pack
+from rules.packs import Fault, Pack, PackError, PackSet, parse_pack, parse_rest
 
 MAX_PACK_BYTES = 1 << 20
 MAX_MODEL_BYTES = 16 << 20
@@ -141,6 +141,15 @@ def read_pack(text: str, where: str, *, checked: bool = False) -> Pack:
         lines = lines_of(text)
         located = [msgspec.structs.replace(f, line=line_at(lines, f.path)) for f in error.faults]
         raise PackError(where, located) from None
+
+
+def read_rest(text: str, where: str) -> tuple[Pack, dict[str, frozenset[str]]] | None:
+    """What `rules.packs.parse_rest` makes of a text that `read_pack` refused; None if it is no YAML of ours at all."""
+    try:
+        _check_shape(text, where)
+        return parse_rest(yaml.load(text, Loader=_Loader), where)  # noqa: S506 -- derives from SafeLoader
+    except (yaml.YAMLError, PackError):
+        return None
 
 
 def _check_shape(text: str, where: str) -> None:

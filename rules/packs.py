@@ -38,6 +38,7 @@ REFERENCE = re.compile(
     r"(candidate\.service|candidate\.entry|fact\.[a-z_]+|label\.[a-zA-Z_][a-zA-Z0-9_]*|alert\.[a-zA-Z_][a-zA-Z0-9_]*"
     r"|owner\.(kind|namespace|name|node))"
 )
+TABLES = ("alerts", "queries", "signals", "groups", "causes", "rules")  # of a pack, each by id
 REACHED = 0.5  # so likely is a cause that is reached along a path, against one that the alert's own metrics name
 _OF_ALERT = re.compile(r"\$alert\([^()]*\)")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -266,12 +267,48 @@ def parse_pack(data: object, where: str) -> Pack:
     """Plain data (as YAML gives it) to a checked pack. Raises PackError with every fault; `where` names the file."""
     faults: list[Fault] = []
     pack = _convert(Pack, data, (), faults)
-    if pack is not None and not faults:
+    if pack is not None:
         assert isinstance(pack, Pack)
         _check_pack(pack, faults)
         if not faults:
             return pack
+    elif (rest := parse_rest(data, where)) is not None:
+        _check_pack(rest[0], faults)
     raise PackError(where, faults)
+
+
+def parse_rest(data: object, name: str) -> tuple[Pack, dict[str, frozenset[str]]] | None:
+    """What is left of a pack that `parse_pack` refused, and the names it defines by table, so that its other faults can
+    be told in the same run; never to be used. Entries with a fault of shape are left out of the first, not of the
+    second. `name`: what it is called if it does not say so itself. None for what is no pack at all."""
+    if not isinstance(data, Mapping):
+        return None
+    own = data.get("pack")
+    rest: dict[str, Any] = {"pack": own if isinstance(own, str) else name, "version": 1}
+    names: dict[str, frozenset[str]] = {}
+    for table in TABLES:
+        entries = data.get(table)
+        rest[table] = {}
+        if not isinstance(entries, Mapping):
+            continue
+        names[table] = frozenset(str(key) for key in entries)
+        kind = get_args(_fields(Pack)[table].type)[1]
+        for key, entry in entries.items():
+            faults: list[Fault] = []
+            found = _convert(kind, entry, (), faults)
+            if isinstance(key, str) and not faults:
+                rest[table][key] = found
+    return Pack(**rest), names
+
+
+def loose_references(packs: Iterable[Pack], names: Mapping[str, Collection[str]]) -> list[Fault]:
+    """References of these packs that lead nowhere; the first part of a path is the pack. `names`: what is defined
+    besides, by table, in entries that could not be read (`parse_rest`)."""
+    known = PackSet(tuple(packs))
+    faults: list[Fault] = []
+    for pack in known.packs:
+        _check_references(pack, known, names, faults)
+    return faults
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,15 +324,14 @@ class PackSet:
         """Raises PackError when an id comes twice or a reference between packs leads nowhere."""
         found = cls(tuple(sorted(packs, key=lambda p: p.pack)), model)
         faults: list[Fault] = []
-        for table in ("alerts", "queries", "signals", "groups", "causes", "rules"):
+        for table in TABLES:
             owner: dict[str, str] = {}
             for pack in found.packs:
                 for name in getattr(pack, table):
                     if name in owner:
                         faults.append(Fault((pack.pack, table, name), f"already defined by pack {owner[name]}"))
                     owner[name] = pack.pack
-        for pack in found.packs:
-            _check_references(pack, found, faults)
+        faults += loose_references(found.packs, {})
         if faults:
             raise PackError("packs", faults)
         return found
@@ -584,33 +620,34 @@ def _check_derivation(signal: Signal, derive: Derivation, path: tuple[str | int,
         faults.append(Fault((*path, "derive", "full"), "must be a positive number"))
 
 
-def _check_references(pack: Pack, known: PackSet, faults: list[Fault]) -> None:
+def _check_references(pack: Pack, known: PackSet, names: Mapping[str, Collection[str]], faults: list[Fault]) -> None:
+    groups, signals, causes = ({*getattr(known, of), *names.get(of, ())} for of in ("groups", "signals", "causes"))
     for name, signal in pack.signals.items():
-        if signal.group not in known.groups:
+        if signal.group not in groups:
             faults.append(Fault((pack.pack, "signals", name, "group"), f"unknown group {signal.group}"))
         for other in (*signal.derive.of, *signal.derive.traffic, signal.derive.minus) if signal.derive else ():
-            if other and other not in known.signals:
+            if other and other not in signals:
                 faults.append(Fault((pack.pack, "signals", name, "derive"), f"unknown signal {other}"))
     for name in pack.queries:
-        if name not in known.signals:
+        if name not in signals:
             faults.append(Fault((pack.pack, "queries", name), "no signal says what this series means"))
-        elif known.signals[name].derive is not None:
+        elif name in known.signals and known.signals[name].derive is not None:
             faults.append(Fault((pack.pack, "queries", name), "is derived from other signals, so it is not asked for"))
     for name, cause in pack.causes.items():
         for i, line in enumerate(cause.evidence):
-            if line.group not in known.groups:
+            if line.group not in groups:
                 faults.append(Fault((pack.pack, "causes", name, "evidence", i, "group"), f"unknown group {line.group}"))
     for name, entry in pack.alerts.items():
         for i, cause_name in enumerate(entry.causes):
-            if cause_name not in known.causes:
+            if cause_name not in causes:
                 faults.append(Fault((pack.pack, "alerts", name, "causes", i), f"unknown cause {cause_name}"))
     for name, rule in pack.rules.items():
         target = rule.then.support or rule.then.prune
-        if target not in known.causes:
+        if target not in causes:
             faults.append(Fault((pack.pack, "rules", name, "then"), f"unknown cause {target}"))
         for i, pattern in enumerate(rule.when):
             value = pattern.where.get("signal") if pattern.match == "finding" else None
             for signal_name in value if isinstance(value, list) else [value]:
-                if isinstance(signal_name, str) and signal_name[:1] != "$" and signal_name not in known.signals:
+                if isinstance(signal_name, str) and signal_name[:1] != "$" and signal_name not in signals:
                     path = (pack.pack, "rules", name, "when", i, "where", "signal")
                     faults.append(Fault(path, f"unknown signal {signal_name}"))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from schema_walk import keys
 
@@ -23,13 +27,37 @@ def test_every_key_is_documented_with_its_default() -> None:
     assert all(len(text) > 8 for _, _, text in rows)
 
 
+# docs/actions.md shows a file of actions, which tests/actions reads.
+PAGES = [DOCS.parent / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "actions.md"})]
+TOP = {key.split(".")[0] for key, _ in keys()}
+
+
 def test_every_example_of_the_documentation_loads(tmp_path: Path) -> None:
+    """Every YAML block whose keys are those of a configuration, on every page; all of docs/configuration.md."""
     for name in ("token", "password"):
         (tmp_path / name).write_text("x" + name)
-    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "configuration.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        load_document(Document("example", tmp_path), block.encode(), {})
+    found = set()
+    for page in PAGES:
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            if page.name == "configuration.md" or set(yaml.safe_load(block)) <= TOP:
+                load_document(Document(f"example of {page.name}", tmp_path), block.encode(), {})
+                found.add(page.name)
+    assert found >= {"README.md", "configuration.md", "gateway.md", "kubernetes.md"}
+
+
+def test_alertmanager_takes_every_example_of_its_configuration(tmp_path: Path) -> None:
+    """Blocks with `receivers`, by amtool; one without a `route` gets one."""
+    amtool = shutil.which("amtool")
+    if amtool is None:
+        pytest.skip("no amtool")
+    blocks = [b for page in PAGES for b in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+    examples = [data for data in map(yaml.safe_load, blocks) if "receivers" in data]
+    assert len(examples) >= 2
+    for data in examples:
+        file = tmp_path / "alertmanager.yaml"
+        file.write_text(yaml.safe_dump({"route": {"receiver": "alertmedic"}, **data}))
+        done = subprocess.run([amtool, "check-config", str(file)], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_metric_is_documented_with_its_type_and_labels() -> None:

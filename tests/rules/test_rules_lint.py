@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from agent.packs import load_packs
 from agent.sources.recorded import RecordingError
 from rules.packs import PackSet
 
+DOCS = Path(__file__).parents[2] / "docs"
 ACTIONS = {d.name for d in load_catalog()} | {d.family for d in load_catalog()}
 EXTRA = "mine.other"
 
@@ -121,6 +123,40 @@ def test_faults_of_several_files_come_together(tmp_path: Path) -> None:
     assert found
     (tmp_path / "c.yaml").unlink()
     assert {Path(f.file).name for f in lint([tmp_path], (), ACTIONS)} == {"a.yaml", "b.yaml"}
+
+
+def test_references_that_lead_nowhere_are_told_beside_faults_of_shape(tmp_path: Path) -> None:
+    """One run: an unknown key, a value out of bounds, a reference to no group, no remedy and a query that is no PromQL,
+    in one file; and in another one a reference to a signal whose own entry is broken, which is no fault of its own."""
+    data = broken("colour", value=1)
+    data["signals"]["lag_seconds"]["flor"] = 2
+    data["groups"]["other"] = {"title": "other"}
+    data["queries"]["lag_seconds"] = "max by ($service) (x{$scope}"
+    data["causes"]["mine.lagging"]["proposals"] = []
+    data["causes"]["mine.lagging"]["prior"] = 2
+    data["causes"]["mine.lagging"]["evidence"].append({"group": "nowhere", "states": {"strong": [0.5, 0.6]}})
+    write(tmp_path, data, "a.yaml")
+    rule = {**GOOD["rules"]["mine.lags"], "then": {"support": "mine.lagging", "service": "$s"}}
+    more = {"pack": "more", "version": 1, "rules": {"more.lags": rule}}
+    write(tmp_path, more, "b.yaml")
+    assert {(Path(f.file).name, f.key) for f in lint([tmp_path], (), ACTIONS)} == {
+        ("a.yaml", "colour"),
+        ("a.yaml", "queries.lag_seconds"),
+        ("a.yaml", "signals.lag_seconds.flor"),
+        ("a.yaml", "causes.mine.lagging"),
+        ("a.yaml", "causes.mine.lagging.prior"),
+        ("a.yaml", "causes.mine.lagging.evidence.1.group"),
+    }
+
+
+def test_every_complete_pack_of_the_documentation_is_in_order(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "packs.md").read_text("utf-8"), re.DOTALL)
+    packs = [block for block in blocks if "pack" in yaml.safe_load(block)]
+    assert packs
+    for i, block in enumerate(packs):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "pack.yaml").write_text(block)
+        assert lint([tmp_path / str(i)], (), ACTIONS) == ()
 
 
 class TestGolden:
