@@ -26,7 +26,8 @@ import sandbox
 from actions.catalog import Catalog, load_catalog
 from actions.model import BreakerState
 from agent import __version__, log
-from agent.config import Config
+from agent.config import Config, ConfigError
+from agent.config_checks import unknown_inventory
 from agent.downstream import Downstream
 from agent.engines import engine_of
 from agent.expressions import Expressions, rules_of
@@ -160,7 +161,7 @@ async def running(config: Config) -> AsyncIterator[App]:
             await app.listen(topology.edges)
             try:
                 # Alerts are safe before anybody can say what they mean: reading what is known keeps no sender waiting.
-                remediation.use(await asyncio.to_thread(load_catalog, config.actions.dirs, config.actions.disable))
+                remediation.use(await asyncio.to_thread(_catalog, config))
                 packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disable, config.packs.model)
                 primary(packs)
                 await gateway.start(packs)
@@ -173,6 +174,14 @@ async def running(config: Config) -> AsyncIterator[App]:
         await store.close()
         if telemetry.tracing is not None:
             await asyncio.to_thread(telemetry.tracing.close, config.otlp.timeout_seconds)
+
+
+def _catalog(config: Config) -> Catalog:
+    """The actions that are on. Raises CatalogError; ConfigError for an inventory with keys that none takes."""
+    more = any(entry.more for entry in config.inventory.values())
+    if more and (unknown := unknown_inventory(config, load_catalog(config.actions.dirs))):
+        raise ConfigError(tuple(unknown))
+    return load_catalog(config.actions.dirs, config.actions.disable)
 
 
 def _tracing(config: Config) -> Tracing:

@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -184,6 +184,9 @@ class Actions(Struct, frozen=True, kw_only=True):
 LogFile = Annotated[str, Meta(pattern=r"^/[^\x00-\x1f]*\Z", max_length=4096)]
 
 
+InventoryKey = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z", max_length=64)]
+
+
 class InventoryEntry(Struct, frozen=True, kw_only=True):
     """What actions and the host source may know of one service. "" means not told."""
 
@@ -202,10 +205,14 @@ class InventoryEntry(Struct, frozen=True, kw_only=True):
     kubernetes_workload: Annotated[
         str, Meta(pattern=r"^((deployment|statefulset|daemonset)/[a-z0-9-]{1,63}/[a-z0-9.-]{1,253})?\Z")
     ] = ""
+    # What further actions take, shipped or one's own: the catalogue knows the keys, and `check-config` compares.
+    more: Mapping[InventoryKey, Annotated[str, Meta(max_length=1024)]] = {}
+    __rest__: ClassVar[str] = "more"
 
     def strings(self) -> dict[str, str]:
         """The keys that are told, as actions take them."""
-        return {n: value for n, value in msgspec.structs.asdict(self).items() if value and isinstance(value, str)}
+        known = {n: value for n, value in msgspec.structs.asdict(self).items() if value and isinstance(value, str)}
+        return {**{n: value for n, value in self.more.items() if value}, **known}
 
 
 class RemoteHost(Struct, frozen=True, kw_only=True):

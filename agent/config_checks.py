@@ -1,18 +1,20 @@
 """Checks of the configuration across keys: what each value alone cannot show.
 
 Called by `agent.config.load` after every single value is sound. Each function adds faults to the document, at the line
-of the key that has to change; none raises, none looks outside the configuration.
+of the key that has to change; none raises, none looks outside the configuration. `unknown_inventory` is for
+those who have read the catalogue as well.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
-from actions.catalog import SHELLS
-from agent.strict import Document
+from actions.catalog import SHELLS, Catalog
+from agent.strict import Document, Fault
 
 if TYPE_CHECKING:
     from agent.config import ClientTls, Config, MaintenanceWindow
@@ -140,8 +142,24 @@ def _inventory(config: Config, document: Document) -> None:
             document.fault(
                 f"{key}.log_root", f"{entry.log_root} is no log directory", "name the service's own directory"
             )
+        for name in entry.more:
+            if name.startswith("kubernetes_"):
+                document.fault(f"{key}.{name}", "not a service's own", "the connection is that of `kubernetes`")
         if problem := _dsn_problem(entry.pg_dsn):
             document.fault(f"{key}.pg_dsn", *problem)
+
+
+def unknown_inventory(config: Config, catalog: Catalog) -> list[Fault]:
+    """Keys of the inventory that no action of the catalogue takes: with a typing error an action would never be
+    considered. `catalog`: also what is switched off."""
+    known = {p.source_key for d in catalog for p in d.parameters.values() if p.origin == "inventory"}
+    faults = []
+    for service, entry in config.inventory.items():
+        for name in sorted(entry.more.keys() - known):
+            near = difflib.get_close_matches(name, sorted(known | set(entry.__struct_fields__) - {"more"}), 1, 0.6)
+            hint = f'did you mean "{near[0]}"?' if near else "docs/actions.md names the keys of each action"
+            faults.append(Fault("inventory", 0, f"inventory.{service}.{name}", "no action takes this key", hint))
+    return faults
 
 
 def _diagnostics(config: Config, document: Document) -> None:

@@ -6,7 +6,8 @@ of a scalar is read as what the schema wants, so nothing is guessed. It never ev
 few of them expand without bound), and never stops at the first fault.
 
 The schema is msgspec Structs: field names are keys, defaults are defaults, `msgspec.Meta` holds ranges and patterns,
-and `kind("url")` in an annotation names one of the checks of `agent.strict_kinds`.
+and `kind("url")` in an annotation names one of the checks of `agent.strict_kinds`. A struct whose keys are not all
+known here names in `__rest__` the field that takes the others, a mapping.
 """
 
 from __future__ import annotations
@@ -244,11 +245,17 @@ class Document:
                 return None
         assert isinstance(node.value, dict)
         fields = {f.name: f for f in msgspec.structs.fields(struct)}
-        for name, child in node.value.items():
-            if name not in fields and not child.broken:
-                self._add(child, _join(path, name), "unknown key", _suggest(name, fields, "keys here"))
         values: dict[str, Any] = {}
-        sound = True
+        before = len(self.faults)
+        rest = fields.pop(getattr(struct, "__rest__", ""), None)
+        others = {name: child for name, child in node.value.items() if name not in fields and not child.broken}
+        if rest is not None:
+            base, _, _ = _unwrap(rest.type)
+            key, value = typing.get_args(base)
+            values[rest.name] = self._mapping(_Node(node.file, node.line, others, base=node.base), key, value, path)
+        for name, child in others.items() if rest is None else ():
+            self._add(child, _join(path, name), "unknown key", _suggest(name, fields, "keys here"))
+        sound = rest is None or len(self.faults) == before
         for name, info in fields.items():
             if name in node.value:
                 before = len(self.faults)

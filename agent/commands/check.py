@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.commands.output import Exit, emit_json, say
 from agent.config import Config, ConfigError, Fault, load
+from agent.config_checks import unknown_inventory
 from agent.strict_kinds import Secret
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def effective_config(config: Config) -> dict[str, Any]:
         raise NotImplementedError(f"configuration: cannot show a {type(value).__name__}")
 
     shown: dict[str, Any] = msgspec.to_builtins(config, enc_hook=plain)
+    for entry in shown["inventory"].values():
+        entry |= entry.pop("more")  # as it is written
     return shown
 
 
@@ -79,6 +82,7 @@ def _faults_of_what_is_named(config: Config) -> list[Fault]:
         faults.append(Fault("packs", 0, "", f"packs: {error}", "check packs.dirs"))
     try:
         faults += _unusable_inventory(config, load_catalog(config.actions.dirs, config.actions.disable))
+        faults += unknown_inventory(config, load_catalog(config.actions.dirs))
     except CatalogError as error:
         faults += [Fault("actions", 0, "", str(fault)) for fault in error.faults]
     try:

@@ -290,6 +290,40 @@ def test_the_command_line_itself_imports_next_to_nothing() -> None:
     assert not loaded & {"aiohttp", "numpy", "msgspec", "yaml", "rich", "opentelemetry", "prometheus_client"}
 
 
+def test_the_inventory_takes_what_the_actions_take(tmp_path: Path) -> None:
+    """Every key of docs/actions.md and those of one's own actions; no typing errors, which `serve` refuses as well."""
+    (tmp_path / "actions").mkdir()
+    (tmp_path / "actions" / "mine.yaml").write_text(
+        "actions:\n- {name: mine.look, version: 1, description: Looks., where: host, target: 'm={f}',\n"
+        "   idempotent: true, argv: [/bin/cat, '{f}'],\n"
+        "   parameters: {f: {from: inventory, key: mine_file, pattern: '/[a-z/]+'}}, undo: none, read_only: true,\n"
+        "   risk: {reversible: true, blast_radius: none, changes: nothing, auto: allowed}}\n"
+    )
+    file = tmp_path / "a.yaml"
+    text = (
+        "actions: {dirs: [actions]}\ninventory:\n"
+        "  cache: {redis_url: 'redis://127.0.0.1:6379/0', redis_maxclients_max: 5000}\n"
+        "  shop: {mine_file: /run/shop, listen_port: 80}\n"
+    )
+    file.write_text(text)
+    done = alertmedic("check-config", file)
+    assert (done.code, done.out) == (0, f"{file}: in order\n")
+    shown = alertmedic("check-config", "--show", file)
+    assert "redis_maxclients_max: '5000'" in shown.out
+    assert "more:" not in shown.out
+    listed = json.loads(alertmedic("actions", "list", "--json", "--config", file).out)["actions"]
+    assert {a["name"] for a in listed if "shop" in a["services"]} >= {"mine.look"}
+    file.write_text(text + "  db: {Bad: z, pg_dsn: [1]}\n")
+    told = {line.split(": ")[1] for line in alertmedic("check-config", file).out.splitlines()}
+    assert told == {"inventory.db.Bad", "inventory.db.pg_dsn"}
+    file.write_text(text + "  db: {redis_ulr: x}\n")
+    for command in ("check-config",), ("serve", "--listen", "127.0.0.1:0", "--config"):
+        refused = alertmedic(*command, file, "--state-dir", tmp_path / "state")
+        assert refused.code == 1
+        assert "inventory.db.redis_ulr: no action takes this key" in refused.out + refused.err
+        assert 'did you mean "redis_url"?' in refused.out + refused.err
+
+
 def test_inventory_that_no_action_could_take_is_a_fault(tmp_path: Path) -> None:
     """Better now than when it is needed."""
     file = tmp_path / "a.yaml"

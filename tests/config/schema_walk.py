@@ -30,6 +30,9 @@ def keys(struct: type[msgspec.Struct] = Config, path: str = "") -> Iterator[tupl
     """(key, default): `guard.storm.incidents`, `auth.basic[].name`, `inventory.NAME.host`."""
     for info in msgspec.structs.fields(struct):
         at = f"{path}.{info.name}" if path else info.name
+        if info.name == getattr(struct, "__rest__", ""):
+            yield f"{path}.KEY", '""'  # any key that is not known here
+            continue
         base = unwrap(info.type)
         origin = typing.get_origin(base)
         if is_struct(base):

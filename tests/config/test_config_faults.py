@@ -239,7 +239,7 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
         ("ALERTMEDIC_VERIFY__SAMPLES", "many", "verify.samples"),
         ("ALERTMEDIC_PACKS__DISABLE", "[x", "not YAML"),
         ("ALERTMEDIC_INVENTORY", "orders", "where a mapping is expected"),
-        ("ALERTMEDIC_INVENTORY", "{orders: {port: 1}}", "inventory.orders.port"),
+        ("ALERTMEDIC_INVENTORY", "{orders: {Port: 1}}", "inventory.orders.Port"),
         ("ALERTMEDIC_PACKS__DIRS", "/no/such/dir", "no directory"),
         ("ALERTMEDIC_PROMETHEUS__URL", "", ""),
     ],
