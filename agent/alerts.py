@@ -114,6 +114,7 @@ class PayloadError(ValueError):
         self.status = status
         self.reason = reason
         self.path = path
+        self.kept = False  # whether the body is in quarantine
 
 
 class _FieldError(Exception):

@@ -257,6 +257,7 @@ class Intake:
             head = body[:HEAD_BYTES].decode(errors="replace")
             record = self._bad_record(tenant, body_digest(body), error.path, error.reason, head)
             await self._commit(_Append(), [record])
+            error.kept = True
             raise
         return await self.take(payload, traceparent=traceparent)
 

@@ -77,6 +77,7 @@ class Webhook:
             failpoint("intake_before_response")
             response = _reply(200, _accepted(accepted))
         except EXPECTED as error:
+            accepted = _quarantined(error)
             response = error_reply(error, self._options.retry_seconds)
         if self._options.on_webhook is not None:
             self._options.on_webhook(response.status, time.perf_counter() - begin, accepted)
@@ -145,7 +146,7 @@ class Webhook:
     def _error(self, error: Exception, begin: float) -> bytes:
         response = error_reply(error, self._options.retry_seconds)
         if self._options.on_webhook is not None:
-            self._options.on_webhook(response.status, time.perf_counter() - begin, None)
+            self._options.on_webhook(response.status, time.perf_counter() - begin, _quarantined(error))
         return _error_bytes(response)
 
     def _admit(self, request: Asking, tenant: str) -> None:
@@ -415,6 +416,15 @@ def _accepted(accepted: Accepted) -> bytes:
             "quarantined": [_named(q) for q in accepted.quarantined],
         }
     )
+
+
+def _quarantined(error: Exception) -> Accepted | None:
+    """What an observer is told of a refused request of which something is in quarantine; a whole body counts as one."""
+    if isinstance(error, NothingGoodError):
+        return Accepted(0, 0, error.quarantined)
+    if isinstance(error, PayloadError) and error.kept:
+        return Accepted(0, 0, (Quarantined(0, error.path, error.reason),))
+    return None
 
 
 def _named(quarantined: Quarantined) -> dict[str, object]:

@@ -158,7 +158,12 @@ async def test_the_observer_is_told(start: Any, held: HeldStore) -> None:
     port: Port = await start(held, Options(on_webhook=lambda status, seconds, done: told.append((status, done))))
     await port.post(body())
     await port.post(b"[")
-    assert told == [(200, Accepted(1, 0)), (400, None)]
+    await port.post(body(alert(startsAt="never")))
+    await port.post(body(), path="/webhook/no%20tenant")
+    statuses, done = zip(*told, strict=True)
+    assert statuses == (200, 400, 400, 400)
+    assert done[0] == Accepted(1, 0)
+    assert [[q.path for q in d.quarantined] if d else None for d in done[1:]] == [["$"], ["$.alerts[0].startsAt"], None]
 
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
