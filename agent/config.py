@@ -153,6 +153,7 @@ class Alertmanager(Struct, frozen=True, kw_only=True):
     timeout_seconds: Seconds = 10.0
     reconcile: bool = True  # on start, ask which alerts fire (only with a url)
     tenant: Tenant = "default"  # the tenant that reconciled alerts belong to
+    receivers: Mapping[Glob, Tenant] = {}  # those that send to us, and as which tenant; none: all, as `tenant`
     bearer_token_file: Secret | None = None
     basic: BasicAuth | None = None
     tls: ClientTls = ClientTls()

@@ -8,8 +8,9 @@ that the series have to confirm. It never closes an incident.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from typing import Any
 
 import aiohttp
@@ -29,6 +30,8 @@ from rules.model import Alert
 MAX_BYTES = 64 * 1024 * 1024
 API_TIME_SECONDS = 0.001  # the API cuts times to milliseconds
 ZERO_TIME = "0001-01-01T00:00:00Z"
+EVERY = "*"
+Routes = Mapping[str, str]  # receiver (glob) -> tenant
 
 
 class ReconcileError(Exception):
@@ -46,49 +49,51 @@ async def reconcile(
 
     Returns (alerts that were new, alerts that are claimed to have resolved). Raises ReconcileError, and JournalError
     when nothing can be recorded."""
-    tenant = config.tenant
-    before = _firing(store.state, tenant)
+    routes = config.receivers or {EVERY: config.tenant}
+    before = {tenant: _firing(store.state, tenant, routes) for tenant in routes.values()}
     try:
         held = await (dependency.call(lambda: _held(config)) if dependency is not None else _held(config))
     except DependencyOpen as error:
         raise ReconcileError(f"reconcile with {config.url}: {error}") from error
-    firing = {str(entry.get("fingerprint", "")): entry for entry in held}
-    # What is silenced or inhibited would not be sent, so it is no news; but it is held, so it has not resolved either.
-    sent = [entry for entry in firing.values() if _state(entry) == "active"]
-    fresh = [entry for entry in sent if not _is_known(store.state, tenant, entry)]
-    new, problems = 0, list[str]()
-    for (receiver, name), entries in _grouped(fresh).items():
-        body = orjson.dumps(
-            {
-                "version": "4",
-                "groupKey": f'reconcile:{{alertname="{name}"}}',
-                "status": "firing",
-                "receiver": receiver,
-                "groupLabels": {},
-                "commonLabels": {},
-                "commonAnnotations": {},
-                "externalURL": config.url,
-                "truncatedAlerts": 0,
-                "alerts": entries,
-            }
-        )
-        try:
-            accepted = await intake.take(parse_payload(body, tenant), source="reconcile")
-        except PayloadError as error:  # it is in quarantine; the others count all the same
-            problems.append(f"alert {name!r:.100}: {error}")
-            continue
-        new += accepted.accepted
-    # What changed while Alertmanager was asked is newer than its answer, which says nothing about it.
-    after = _firing(store.state, tenant)
-    gone = [
-        alert for fingerprint, alert in before.items() if fingerprint not in firing and after.get(fingerprint) == alert
-    ]
-    if gone:
-        await store.record(_claims(gone, tenant, config.url, now))
+    new, gone, problems = 0, 0, list[str]()
+    for tenant, known in before.items():
+        firing = {str(entry.get("fingerprint", "")): entry for entry in _routed(held, tenant, routes)}
+        # What is silenced or inhibited would not be sent, so it is no news; but it is held, so it has not resolved.
+        sent = [entry for entry in firing.values() if _state(entry) == "active"]
+        fresh = [entry for entry in sent if not _is_known(store.state, tenant, entry)]
+        for body, name in _bodies(fresh, tenant, routes, config.url):
+            try:
+                accepted = await intake.take(parse_payload(body, tenant), source="reconcile")
+            except PayloadError as error:  # it is in quarantine; the others count all the same
+                problems.append(f"alert {name!r:.100}: {error}")
+                continue
+            new += accepted.accepted
+        # What changed while Alertmanager was asked is newer than its answer, which says nothing about it.
+        after = _firing(store.state, tenant, routes)
+        claimed = [a for fingerprint, a in known.items() if fingerprint not in firing and after.get(fingerprint) == a]
+        if claimed:
+            await store.record(_claims(claimed, tenant, config.url, now))
+        gone += len(claimed)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ReconcileError(f"reconcile with {config.url}: {problems[0]}{more}; the others were taken")
-    return new, len(gone)
+    return new, gone
+
+
+def _routed(held: list[Mapping[str, Any]], tenant: str, routes: Routes) -> list[Mapping[str, Any]]:
+    return [entry for entry in held if _receiver(entry, tenant, routes) is not None]
+
+
+def _receiver(entry: Mapping[str, Any], tenant: str, routes: Routes) -> str | None:
+    """The receiver by which Alertmanager sends this alert to us for that tenant; None: by none."""
+    receivers = entry.get("receivers")
+    names = [str(r.get("name", "")) for r in receivers if isinstance(r, dict)] if isinstance(receivers, list) else []
+    return next((name for name in names or [""] if _ours(name, tenant, routes)), None)
+
+
+def _ours(receiver: str, tenant: str, routes: Routes) -> bool:
+    """Whether the first pattern that fits says so."""
+    return next((to for pattern, to in routes.items() if fnmatchcase(receiver, pattern)), None) == tenant
 
 
 def _state(entry: Mapping[str, Any]) -> str:
@@ -114,9 +119,10 @@ def _is_known(state: State, tenant: str, entry: Mapping[str, Any]) -> bool:
     return abs(started - alert.starts_at) < API_TIME_SECONDS
 
 
-def _firing(state: State, tenant: str) -> dict[str, Alert]:
-    """What the live incidents of the tenant hold to be firing, by fingerprint."""
-    return {a.fingerprint: a for i in state.active() if i.tenant == tenant for a in i.firing}
+def _firing(state: State, tenant: str, routes: Routes) -> dict[str, Alert]:
+    """What the tenant's live incidents that those receivers opened hold to be firing, by fingerprint."""
+    ours = (i for i in state.active() if i.tenant == tenant and _ours(i.receiver, tenant, routes))
+    return {alert.fingerprint: alert for incident in ours for alert in incident.firing}
 
 
 def _claims(gone: list[Alert], tenant: str, url: str, now: float) -> AlertsReceived:
@@ -145,15 +151,12 @@ def _claims(gone: list[Alert], tenant: str, url: str, now: float) -> AlertsRecei
     )
 
 
-def _grouped(entries: list[Mapping[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Entries of the v2 API in the webhook's shape, by (receiver, alertname)."""
+def _bodies(entries: list[Mapping[str, Any]], tenant: str, routes: Routes, url: str) -> Iterator[tuple[bytes, str]]:
+    """Entries of the v2 API as webhooks, one for each receiver and alertname, with the latter."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:
         labels = entry.get("labels")
         name = str(labels.get("alertname", "")) if isinstance(labels, dict) else ""
-        receivers = entry.get("receivers")
-        first = receivers[0] if isinstance(receivers, list) and receivers else {}
-        receiver = str(first.get("name", "")) if isinstance(first, dict) else ""
         alert = {
             "status": "firing",
             "labels": labels,
@@ -163,8 +166,21 @@ def _grouped(entries: list[Mapping[str, Any]]) -> dict[tuple[str, str], list[dic
             "generatorURL": entry.get("generatorURL", ""),
             "fingerprint": entry.get("fingerprint"),
         }
-        groups.setdefault((receiver, name), []).append(alert)
-    return groups
+        groups.setdefault((_receiver(entry, tenant, routes) or "", name), []).append(alert)
+    for (receiver, name), alerts in groups.items():
+        body = {
+            "version": "4",
+            "groupKey": f'reconcile:{{alertname="{name}"}}',
+            "status": "firing",
+            "receiver": receiver,
+            "groupLabels": {},
+            "commonLabels": {},
+            "commonAnnotations": {},
+            "externalURL": url,
+            "truncatedAlerts": 0,
+            "alerts": alerts,
+        }
+        yield orjson.dumps(body), name
 
 
 async def _held(config: Alertmanager) -> list[Mapping[str, Any]]:

@@ -33,7 +33,7 @@ def entry(name: str, starts_at: str = "2027-01-15T07:59:00.000Z", **more: Any) -
 
 
 async def ask(
-    world: World, held: list[dict[str, Any]], during: Callable[[], Awaitable[Any]] = nothing
+    world: World, held: list[dict[str, Any]], during: Callable[[], Awaitable[Any]] = nothing, **more: Any
 ) -> tuple[int, int]:
     """Reconciles with an Alertmanager that holds these; `during` happens before it answers."""
 
@@ -44,7 +44,7 @@ async def ask(
     app = web.Application()
     app.router.add_get("/api/v2/alerts", answer)
     async with TestServer(app) as server:
-        config = Alertmanager(url=str(server.make_url("/")))
+        config = Alertmanager(url=str(server.make_url("/")), **more)
         return await reconcile(config, world.store, Intake(world.store), NOW)
 
 
@@ -84,3 +84,28 @@ async def test_a_silenced_alert_is_neither_news_nor_gone(world: World) -> None:
     silenced = {"status": {"state": "suppressed"}}
     assert await ask(world, [entry("Known", **silenced), entry("Other", **silenced)]) == (0, 0)
     assert {a.name: a.status for a in world.incident(id).alerts.values()} == {"Known": "firing"}
+
+
+ROUTES = {"ours": "default", "team-*": "team-b"}
+
+
+async def test_only_what_is_routed_to_us_is_news_and_for_its_tenant(world: World) -> None:
+    held = [
+        entry("Ours", receivers=[{"name": "pager"}, {"name": "ours"}]),
+        entry("Theirs", receivers=[{"name": "team-web"}]),
+        entry("Watchdog", receivers=[{"name": "pager"}]),
+    ]
+    assert await ask(world, held, receivers=ROUTES) == (2, 0)
+    assert {(i.tenant, i.receiver, *i.alerts) for i in world.store.state.active()} == {
+        ("default", "ours", "Ours"),
+        ("team-b", "team-web", "Theirs"),
+    }
+    assert await ask(world, held, receivers=ROUTES) == (0, 0)
+
+
+async def test_what_another_sender_reported_is_not_claimed_to_be_gone(world: World) -> None:
+    grafana = await world.alert(name="Grafana")  # its receiver is "r"
+    ours = entry("Ours", receivers=[{"name": "ours"}], labels={"alertname": "Ours", "service": "orders"})
+    assert await ask(world, [ours], receivers=ROUTES) == (1, 0)
+    assert await ask(world, [], receivers=ROUTES) == (0, 1)
+    assert {a.status for a in world.incident(grafana).alerts.values()} == {"firing"}
