@@ -90,7 +90,8 @@ def lint(config: Config, dirs: tuple[Path, ...], *, as_json: bool) -> Exit:
         if not path.is_dir():
             raise CommandError(f"actions lint: {path} is no directory", "name the directory that holds the actions")
     try:
-        faults = tuple(_bad_queries(load_catalog(dirs or config.actions.dirs)))
+        catalog = load_catalog(dirs or config.actions.dirs)
+        faults = (*_bad_queries(catalog), *_hidden_programs(catalog))
     except CatalogError as error:
         faults = tuple(error.faults)
     if as_json:
@@ -113,6 +114,20 @@ def _bad_queries(catalog: Catalog) -> Iterator[str]:
                 promql_parser.parse(render(definition.verify_query, "service", ["a", "b"], "1m"))
             except (TemplateError, ValueError) as error:
                 yield f"{definition.source}.verify_query: {' '.join(str(error).split())}"
+
+
+def _hidden_programs(catalog: Catalog) -> Iterator[str]:
+    """Files that the steps of an action would not find, since what it needs gets it directories of its own there."""
+    from sandbox.model import Needs
+
+    for definition in catalog:
+        hidden = [] if definition.needs == Needs() else ["/tmp/"]  # noqa: S108 - not used, only named
+        hidden += ["/run/"] if definition.needs.network == "none" else []
+        shown = tuple(f"{path.rstrip('/')}/" for path in definition.needs.write)
+        for key in ("argv", "check", "undo", "resolve", "dry_run"):
+            for word in getattr(definition, key) or ():
+                if word.startswith(tuple(hidden)) and not f"{word}/".startswith(shown):
+                    yield f"{definition.source}.{key}: a step with these `needs` does not see {word}: put it elsewhere"
 
 
 def schema() -> Exit:
@@ -166,6 +181,11 @@ async def _steps(
     definition = _catalog(config).choose(name, inventory.get(service))
     if isinstance(definition, Declined):
         return definition
+    if unknown := sorted(params.keys() - definition.parameters.keys()):
+        takes = ", ".join(p.name for p in definition.parameters.values() if p.origin == "proposal") or "none"
+        raise CommandError(
+            f"{definition.name} has no parameter {', '.join(unknown)}", f"from a proposal it takes: {takes}"
+        )
     context = GuardContext(
         now=time.time(),
         incident="inc-dryrun",

@@ -160,6 +160,11 @@ def test_a_dry_run_prints_the_exact_argv_and_executes_nothing() -> None:
     assert nowhere.code == 1
     assert "no_inventory" in nowhere.err
     assert alertmedic("actions", "dry-run", "service.restart", "--service", "db", "--param", "x").code in (1, 2)
+    mistyped = alertmedic(
+        "actions", "dry-run", "service.restart", "--service", "db", "--param", "nam=x", ALERTMEDIC_INVENTORY=inventory
+    )
+    assert mistyped.code == 1
+    assert "service.restart.systemd has no parameter nam; from a proposal it takes: none" in mistyped.err
 
 
 def test_a_dry_run_of_an_action_without_look_up() -> None:
@@ -288,6 +293,19 @@ def test_the_command_line_itself_imports_next_to_nothing() -> None:
     )
     loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
     assert not loaded & {"aiohttp", "numpy", "msgspec", "yaml", "rich", "opentelemetry", "prometheus_client"}
+
+
+def test_programs_that_a_step_would_not_see_are_faults(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "actions:\n- {name: mine.look, version: 1, description: Looks., where: host, target: x, idempotent: true,\n"
+        "   argv: [/usr/bin/python3, /tmp/a.py, /run/a], check: [/run/b/c], undo: none, read_only: true,\n"
+        "   needs: {network: none, write: [/run/b]},\n"
+        "   risk: {reversible: true, blast_radius: none, changes: nothing, auto: allowed}}\n"
+    )
+    done = alertmedic("actions", "lint", tmp_path)
+    assert done.code == 1
+    told = [line.split("does not see ")[1] for line in done.out.splitlines()]
+    assert told == ["/tmp/a.py: put it elsewhere", "/run/a: put it elsewhere"]
 
 
 def test_the_inventory_takes_what_the_actions_take(tmp_path: Path) -> None:
