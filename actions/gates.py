@@ -108,6 +108,7 @@ class GuardContext:
     firing: bool
     evidence_at: float  # end of the window that was looked at
     verifiable: bool = False  # whether series justify the action, by which it can be told whether it helped
+    verify_at_least: float = 0.0  # seconds before which the series could not show a recovery, whatever an action says
     policy: GuardPolicy
     inventory: Mapping[str, Mapping[str, str]]
     enforced_by: EnforcedBy

@@ -153,7 +153,7 @@ def decide(proposal: ProposalLike, definition: ActionDefinition, context: GuardC
         autonomy=autonomy,
         persons=max(definition.risk.persons, _persons(proposal, definition, context)),
         verify=definition.verify,
-        verify_seconds=definition.verify_seconds,
+        verify_seconds=max(definition.verify_seconds, context.verify_at_least),
         verify_query=definition.verify_query,
         made_at=context.now,
         expires_at=context.now + context.policy.approval_ttl_seconds,

@@ -460,6 +460,13 @@ class Config(Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def recovery_seconds(self) -> float:
+        """How long it takes until series can show that an action helped: the rate window must have left the trouble
+        behind, and then come as many samples as are asked for, on the grid of the queries."""
+        window = self.prometheus.rate_seconds or 4 * self.prometheus.step_seconds
+        return window + (self.verify.samples + 1) * self.prometheus.step_seconds
+
+    @property
     def inventory_strings(self) -> dict[str, dict[str, str]]:
         return {service: entry.strings() for service, entry in self.inventory.items()}
 

@@ -202,6 +202,12 @@ def _limits(config: Config, document: Document) -> None:
     elif config.verify.samples * config.verify.poll_seconds > config.verify.deadline_seconds:
         hint = "samples times poll_seconds must fit into deadline_seconds"
         document.fault("verify.samples", "so many samples never come before the deadline", hint)
+    elif (
+        config.prometheus.url
+        and config.verify.samples * config.prometheus.step_seconds > config.verify.deadline_seconds
+    ):
+        hint = "verify.samples times prometheus.step_seconds must fit into it"
+        document.fault("verify.deadline_seconds", "no recovery can be seen by then", hint)
     if config.sandbox.parent and not config.sandbox.parent.startswith("/"):
         document.fault("sandbox.parent", "not an absolute path", "name a directory under /sys/fs/cgroup")
     if config.sandbox.allow_unenforced_auto and config.sandbox.protection == "required":

@@ -193,6 +193,7 @@ class Remediation:
             firing=bool(incident.firing),
             evidence_at=incident.evidence_at,
             verifiable=incident.justification is not None and bool(incident.justification.series),
+            verify_at_least=self._config.recovery_seconds,
             policy=self._policy,
             inventory=self._entries(service),
             enforced_by=self.executors.enforced_by(host) if host else sandbox.current().enforced_by,

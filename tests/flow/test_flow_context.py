@@ -94,6 +94,32 @@ def action(name: str, **more: object) -> ActionDefinition:
     return parse_action({**ACTION, "name": name, **more}, "test")
 
 
+async def test_a_plan_waits_until_the_series_can_show_that_it_helped(world: World) -> None:
+    """With the default resolution: a rate window of four steps and one sample more than is asked for, each 30 s."""
+    id = await world.alert()
+    await world.moved(id, "investigating", "diagnosed")
+    config = Config(inventory={"front": InventoryEntry()})
+    assert config.recovery_seconds == 4 * 30 + 4 * 30 <= config.verify.deadline_seconds
+    verifier: Any = world.verifier
+    quick = action("quick")
+    remediation = Remediation(config, Catalog([quick]), world.store, verifier, world.telemetry, clock=lambda: world.now)
+    incident = world.incident(id)
+    best = Hypothesis(
+        cause="c",
+        service="front",
+        fault="hang",
+        title="it hangs",
+        posterior=0.99,
+        confidence=0.99,
+        proposals=(Proposal(action="quick", service="front"),),
+    )
+    incident.diagnosis = Diagnosis(verdict="ranked", hypotheses=(best,))
+    incident.justification, incident.evidence_at = JUSTIFIED, NOW
+    plan = await remediation.consider(incident)
+    assert isinstance(plan, Plan), plan
+    assert quick.verify_seconds < plan.verify_seconds == config.recovery_seconds
+
+
 async def test_a_look_comes_before_the_remedy_and_not_in_its_place(world: World) -> None:
     id = await world.alert()
     await world.moved(id, "investigating", "diagnosed")
