@@ -69,6 +69,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people, one fact a line."""
+        if not self.ok and not self.directory.is_dir():  # nothing is damaged, and there is nothing else to say
+            return self.problems
         said = [
             f"{self.directory}: {'ok' if self.ok else 'DAMAGED'}",
             f"records {self.first_seq} to {self.last_seq} in {self.segments} segments, after the anchor {self.anchor}",

@@ -43,6 +43,13 @@ def test_the_export_has_every_record_of_the_incident_and_the_chain(tmp_path: Pat
     assert "Timeline" in plain.out
 
 
+def test_a_journal_that_is_not_there_is_not_called_damaged(tmp_path: Path) -> None:
+    nowhere = alertmedic("journal", "verify", "--state-dir", tmp_path)
+    assert nowhere.code == 1
+    assert "there is no journal; hint: is the state directory right?" in nowhere.out + nowhere.err
+    assert "DAMAGED" not in nowhere.out + nowhere.err
+
+
 def test_a_journal_that_was_tampered_with_is_told(tmp_path: Path) -> None:
     id = prepare(tmp_path)
     segment = min(journal_directory(tmp_path).glob("*.wal"))
