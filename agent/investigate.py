@@ -409,15 +409,18 @@ class Investigation:
         """`seen`: newest record that the decision knew of, where it took a while; 0: it is made on the state now."""
         await self._record(self._moved(incident, after, reason, refusal, seen=seen))
         if after in FINAL:
-            self._ended(incident.id, after)
+            self._ended(incident.id, after, reason)
 
     async def _record(self, *records: Record) -> None:
         with self.telemetry.stage("journal_append"):
             await self.store.record(*records)
 
-    def _ended(self, id: str, state: IncidentState) -> None:
+    def _ended(self, id: str, state: IncidentState, reason: str) -> None:
         incident = self.store.state.incident(id)
-        logger.info("incident %s: %s", id, incident.reason if incident else "", extra={"state": state})
+        if incident is not None and not incident.final:  # an alert came during the look (`seen`)
+            logger.info("incident %s: %s; it fires again", id, reason, extra={"state": incident.state})
+            return
+        logger.info("incident %s: %s", id, reason, extra={"state": state})
         if incident is None or self.telemetry.tracing is None:
             return
         best = incident.diagnosis.best if incident.diagnosis else None

@@ -51,7 +51,7 @@ def resolve(url: str, flag: str, value: str) -> int:
         _say([])
         return DONE
     note = f"flag {flag} is {now}, wanted is {value}"
-    _say([{"identity": f"flag={flag}", "params": {"previous": now}, "note": note}])
+    _say([{"identity": f"flag={below(url, flag)}", "params": {"previous": now}, "note": note}])
     return DONE
 
 

@@ -11,6 +11,7 @@ Overload and an unavailable journal are 503 with Retry-After, never 429: Alertma
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import resource
@@ -26,6 +27,7 @@ from typing import Final
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from agent.alerts import PayloadError, check_tenant
 from agent.http.api import Api, Handler, Operations
@@ -44,6 +46,8 @@ BACKLOG: Final = 128  # accepted at one time, at most
 MAX_CONNECTIONS: Final = 4096
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
+logger = logging.getLogger("alertmedic.http")
+
 Health = Callable[[], Mapping[str, object]]
 Metrics = Callable[[], tuple[bytes, str]]
 Observer = Callable[[int, float, Accepted | None], None]
@@ -58,6 +62,21 @@ class Options:
     read_seconds: float = 10.0  # for a whole body
     retry_seconds: int = 5  # Retry-After of a 503
     on_webhook: Observer | None = None
+
+
+class _NoHttp(logging.Filter):
+    """What is no HTTP is answered with 400, and told in one line at debug level: whoever reaches the port can send it,
+    a scanner does so all night, and aiohttp would log an error with a traceback each time."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, HttpProcessingError):
+            return True
+        logger.debug("%s: %s", record.getMessage(), error.message[:200])
+        return False
+
+
+logger.addFilter(_NoHttp())
 
 
 class Webhook:
@@ -299,6 +318,7 @@ async def serve(
         app.webhook.usual,
         max_connections or _affordable_connections(),
         access_log=None,
+        logger=logger,
         auto_decompress=False,  # aiohttp would unpack without a bound on the result
         lingering_time=2.0,  # how long the rest of a refused body is read, so that its sender sees the answer
     )

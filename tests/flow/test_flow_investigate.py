@@ -45,7 +45,9 @@ async def diagnosed(world: World, id: str, justification: object = JUSTIFIED) ->
 
 
 @pytest.mark.parametrize("blind", [True, False])
-async def test_an_alert_that_fires_during_the_look_is_not_closed_over(world: World, blind: bool) -> None:
+async def test_an_alert_that_fires_during_the_look_is_not_closed_over(
+    world: World, blind: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     id = await world.alert()
     if not blind:
         await diagnosed(world, id)
@@ -61,9 +63,13 @@ async def test_an_alert_that_fires_during_the_look_is_not_closed_over(world: Wor
 
     world.situations.during = world.verifier.during = fires
     incident = world.incident(id)
-    await world.investigation._verifying(incident)
+    with caplog.at_level("INFO"):
+        await world.investigation._verifying(incident)
     assert world.incident(id).state is _I.OPEN
     assert world.incident(id).reopened == 1
+    (told,) = caplog.records
+    assert told.getMessage().endswith("; it fires again")
+    assert told.__dict__["state"] == "open"
 
 
 @pytest.mark.parametrize("justification", [None, JUSTIFIED])

@@ -166,6 +166,15 @@ async def test_the_observer_is_told(start: Any, held: HeldStore) -> None:
     assert [[q.path for q in d.quarantined] if d else None for d in done[1:]] == [["$"], ["$.alerts[0].startsAt"], None]
 
 
+@pytest.mark.parametrize(
+    "sent", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n"]
+)
+async def test_what_is_no_http_fills_no_log(port: Port, sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        assert (await port.raw(sent)).startswith(b"HTTP/1.0 400 ")
+    assert [r for r in caplog.records if r.levelname not in ("DEBUG",) or r.exc_info] == []
+
+
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
