@@ -144,7 +144,10 @@ async def test_a_service_that_shares_its_cpu_waits_for_it(start: Start) -> None:
 
 async def test_an_idle_service_waits_for_no_cpu(start: Start) -> None:
     listener = "import socket, time\ns = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
-    _, (port,) = start(listener + "print(s.getsockname()[1], flush=True)\ntime.sleep(600)")
+    process, (port,) = start(listener + "print(s.getsockname()[1], flush=True)\ntime.sleep(600)")
+    async with asyncio.timeout(30):
+        while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:  # it has told its port a moment before
+            await asyncio.sleep(0.01)
     evidence = await look(HostSource({"shop": {"listen_port": port}}))
     waits = [
         f.attributes["cpu_wait_percent"] for f in evidence.facts if f.service == "shop" and f.kind == "host.process"
