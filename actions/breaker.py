@@ -19,6 +19,7 @@ import msgspec
 from actions.model import BreakerCall, BreakerMoved, BreakerState
 
 _CLOSED, _OPEN, _HALF = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+MAX_BREAKERS = 10_000  # kept; a process' breaker is never asked again once the process is gone
 MAX_CALLS = 100  # remembered; older ones are forgotten before their window ends
 
 
@@ -125,6 +126,15 @@ def restore(move: BreakerMoved) -> Breaker:
 def fold(moves: Iterable[BreakerMoved]) -> dict[str, Breaker]:
     """All breakers, from their records in journal order. The newest record of each key suffices."""
     return {move.key: restore(move) for move in moves}
+
+
+def keep(known: dict[str, Breaker], breaker: Breaker) -> None:
+    """Puts `breaker` into `known`, which is in the order of the last change. Beyond MAX_BREAKERS the closed one whose
+    change is longest ago is forgotten; open ones never are."""
+    known.pop(breaker.key, None)
+    known[breaker.key] = breaker
+    if len(known) > MAX_BREAKERS and (oldest := next((k for k, b in known.items() if b.state is _CLOSED), None)):
+        del known[oldest]
 
 
 def _count(

@@ -243,7 +243,7 @@ class Runner:
         """Closes a breaker by hand. Raises what the ledger raises, and then the breaker is as it was."""
         after, move = breakers.reset(self.breakers.get(key, Breaker(key=key)), self._clock(), reason)
         await self._ledger.record_breaker(move)
-        self.breakers[key] = after
+        breakers.keep(self.breakers, after)
 
     # -- the whole plan
 
@@ -539,7 +539,8 @@ class Runner:
         book.concluded.discard(i)
         for key in breakers.keys_of(step.action, step.target):
             known = self.breakers.get(key, Breaker(key=key))
-            self.breakers[key], ticket, move = breakers.begin(known, self._settings.breaker, now)
+            after, ticket, move = breakers.begin(known, self._settings.breaker, now)
+            breakers.keep(self.breakers, after)
             book.tickets[i].append(ticket)
             if move is not None:
                 moves.append(move)
@@ -564,7 +565,7 @@ class Runner:
             else:
                 seconds = result.seconds if result else 0.0
                 after, move = breakers.end(before, self._settings.breaker, now, ticket, ok=ok, seconds=seconds)
-            self.breakers[ticket.key] = after
+            breakers.keep(self.breakers, after)
             if move is not None:
                 await self._record(move)
 

@@ -14,6 +14,7 @@ from itertools import islice
 
 import msgspec
 
+from actions.breaker import MAX_BREAKERS
 from actions.model import BreakerMoved, Plan
 from agent.fold_changes import ChangeTold
 from agent.fold_gateway import GatewayState
@@ -34,7 +35,6 @@ from rules.feedback import Observation
 SNAPSHOT_VERSION = 1
 ACTION_SECONDS = 7 * 86400.0
 MAX_ACTIONS = 10_000
-MAX_BREAKERS = 10_000
 MAX_QUARANTINE = 200
 MAX_LOG = 300
 MAX_OBSERVATIONS = 2_000

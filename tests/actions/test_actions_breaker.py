@@ -201,3 +201,17 @@ def test_half_of_ten_failures_open_it_without_three_in_a_row() -> None:
 def test_a_duration_that_is_no_number_counts_as_slow() -> None:
     breaker, _ = breakers.end(Breaker(key="a"), POLICY, 1000.0, Ticket("a"), ok=True, seconds=float("nan"))
     assert breaker.calls[0].slow
+
+
+def test_the_closed_one_that_was_used_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakers, "MAX_BREAKERS", 2)
+    known: dict[str, Breaker] = {}
+    for breaker in (Breaker(key="open", state=BreakerState.OPEN), Breaker(key="old"), Breaker(key="new")):
+        breakers.keep(known, breaker)
+    assert list(known) == ["open", "new"]
+    breakers.keep(known, Breaker(key="open", opened_count=1, state=BreakerState.OPEN))
+    breakers.keep(known, Breaker(key="newest"))
+    assert list(known) == ["open", "newest"]
+    breakers.keep(known, Breaker(key="open too", state=BreakerState.OPEN))
+    breakers.keep(known, Breaker(key="and open", state=BreakerState.OPEN))
+    assert list(known) == ["open", "open too", "and open"]
