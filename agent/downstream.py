@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from actions.breaker import Breaker
-from actions.model import BreakerMoved
+from actions.model import BreakerMoved, BreakerState
 from actions.runner import Runner
 from agent.dependency import Dependency
 from agent.journal.files import JournalError
 from agent.journal.records import BreakerRecorded
 from agent.store import Store
 from rules.model import Topology
+
+logger = logging.getLogger("alertmedic.downstream")
 
 
 class Downstream:
@@ -38,6 +41,11 @@ class Downstream:
                 dependency.restore(known)
 
     def _journal(self, move: BreakerMoved) -> None:
+        # Once as it goes and once as it comes back: the probes between them would fill the log of a weekend.
+        if move.before is BreakerState.CLOSED and move.after is BreakerState.OPEN:
+            logger.warning("%s is not asked until it answers again: %s", move.key, move.reason)
+        elif move.before is not BreakerState.CLOSED and move.after is BreakerState.CLOSED:
+            logger.info("%s is asked again: %s", move.key, move.reason)
         task = asyncio.get_running_loop().create_task(self._written(move), name=f"journal {move.key}")
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)

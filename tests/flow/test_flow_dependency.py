@@ -178,6 +178,27 @@ async def test_the_breaker_is_journalled_restored_listed_and_reset(world: World)
     assert world.store.state.breakers["dependency:alertmanager"].after is BreakerState.CLOSED
 
 
+async def test_the_log_says_once_that_it_went_and_once_that_it_came_back(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    downstream = Downstream(world.store)
+
+    async def down() -> str:
+        raise OSError("gone")
+
+    with caplog.at_level("INFO", "alertmedic.downstream"):
+        for _ in range(2 * INTERNAL.failures):
+            await downstream.prometheus.ask(down)
+        closed, opened, half = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+        for before, after in ((opened, half), (half, opened), (opened, half), (half, closed), (closed, closed)):
+            downstream._journal(BreakerMoved(key="dependency:prometheus", before=before, after=after, at=NOW))
+    await downstream.close()
+    assert [(r.levelname, r.getMessage().split(" answers")[0].split(" again")[0]) for r in caplog.records] == [
+        ("WARNING", "dependency:prometheus is not asked until it"),
+        ("INFO", "dependency:prometheus is asked"),
+    ]
+
+
 async def test_a_dead_prometheus_is_asked_no_more_and_says_so() -> None:
     with socket.socket() as closed:  # a port on which nobody listens
         closed.bind(("127.0.0.1", 0))
