@@ -188,7 +188,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if .Values.prometheus.tokenSecret }}{{ $_ := set $prometheus "bearer_token_file" "/etc/alertmedic/prometheus/token" }}{{ end }}
 {{- $_ := set $base "prometheus" $prometheus }}
 {{- end -}}
-{{- if .Values.alertmanager.url }}{{ $_ := set $base "alertmanager" (dict "url" .Values.alertmanager.url) }}{{ end -}}
+{{- if .Values.alertmanager.url }}
+{{- $alertmanager := dict "url" .Values.alertmanager.url }}
+{{- if .Values.alertmanagerConfig.enabled }}
+{{- /* The operator names a receiver NAMESPACE/OBJECT/RECEIVER; older ones have dashes between. */}}
+{{- $_ := set $alertmanager "receivers" (dict (printf "%s?%s?alertmedic" .Release.Namespace (include "alertmedic.fullname" .)) "default") }}
+{{- end }}
+{{- $_ := set $base "alertmanager" $alertmanager }}
+{{- end -}}
 {{- $packs := list -}}
 {{- if .Values.extraPacks }}{{ $packs = append $packs "/etc/alertmedic/packs/own" }}{{ end -}}
 {{- range .Values.extraPackConfigMaps }}{{ $packs = append $packs (printf "/etc/alertmedic/packs/%s" .) }}{{ end -}}
