@@ -114,6 +114,9 @@ class Situations:
             for first, last in looked_at
             for service in incident.services or [""]
             for begin, end in state.quiet_windows(service, first - after, last, without=incident.id)
+            # An alert that fired all the time before (for days, or nobody told that it resolved) is how things are: to
+            # leave that out would leave nothing to compare with.
+            if first != start or begin > first or end < last
         ]
         return replace(look, quiet=tuple(sorted({window for window in windows if window[0] < window[1]})))
 

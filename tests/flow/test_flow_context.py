@@ -16,10 +16,10 @@ from actions.catalog import ActionDefinition, Catalog, load_catalog, parse_actio
 from actions.model import Declined, Plan, Refusal, StepMoved, StepState
 from actions.policy import AutonomyPolicy
 from agent.config import Config, InventoryEntry, Prometheus, Sandbox
-from agent.journal.records import PlanMade, StepRecorded
+from agent.journal.records import AlertsReceived, PlanMade, StepRecorded
 from agent.remediation import Remediation
 from agent.situation import Situations
-from rules.model import Diagnosis, Hypothesis, Proposal, Topology
+from rules.model import Alert, Diagnosis, Hypothesis, Proposal, Topology
 from rules.packs import PackSet
 
 
@@ -194,3 +194,29 @@ async def test_who_calls_whom_is_not_forgotten_while_metrics_are_silent() -> Non
         now += 1000.0
         graph.found = silent
         assert (await situations._topology(now)).edges == (("front", "orders"),)
+
+
+@pytest.mark.parametrize(("fires_since", "quiet"), [(3600.0, True), (3 * 86400.0, False)])
+async def test_an_alert_that_fires_for_days_is_how_things_are(world: World, fires_since: float, quiet: bool) -> None:
+    """An earlier, escalated incident's alert still fires: no baseline as far as it reaches, but not instead of one."""
+    config = Config(prometheus=Prometheus(window_seconds=7200.0, history_seconds=()))
+
+    async def fires(name: str, starts_at: float) -> str:
+        labels = {"alertname": name, "service": "front"}
+        alert = Alert(
+            tenant="default", fingerprint=name, status="firing", labels=labels, starts_at=starts_at, digest=name
+        )
+        record = AlertsReceived(at=starts_at, tenant="default", receiver="r", group_key=name, alerts=(alert,))
+        await world.store.record(record)
+        current = world.store.state.current("default", name)
+        assert current is not None
+        return current.incident
+
+    chronic = await fires("Chronic", NOW - fires_since)
+    world.now = NOW - fires_since
+    await world.moved(chronic, "escalated")
+    fresh = await fires("Fresh", NOW - 60.0)
+    assert fresh != chronic
+    situations = Situations(config, PackSet.of(()), (), Topology(kinds={"front": "http"}), None, lambda: NOW)
+    look = await situations.of(world.incident(fresh), world.store.state)
+    assert bool(look.quiet) is quiet
