@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sandbox
 from actions.catalog import Catalog, load_catalog
@@ -57,9 +58,11 @@ from agent.store import Store
 from agent.systems import SystemsSeen
 from agent.telemetry import Telemetry
 from agent.topology import Discovery, load_topology
-from agent.tracing import Tracing, otlp_exporter
 from agent.verify import SeriesVerifier
 from rules.packs import PackSet
+
+if TYPE_CHECKING:
+    from agent.tracing import Tracing
 
 logger = logging.getLogger("alertmedic.app")
 RECONCILE_SECONDS = 30.0
@@ -106,7 +109,7 @@ async def running(config: Config) -> AsyncIterator[App]:
         logger.warning("ended %s: a run of an agent that is dead", leaf)
     topology = load_topology(config)
     config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    telemetry = Telemetry(__version__, _tracing(config))
+    telemetry = Telemetry(__version__, _tracing(config) if config.otlp.endpoint else None)
     store = Store.open(
         config.state_dir,
         segment_bytes=config.journal.segment_bytes,
@@ -161,6 +164,8 @@ async def running(config: Config) -> AsyncIterator[App]:
             await app.listen(topology.edges)
             try:
                 # Alerts are safe before anybody can say what they mean: reading what is known keeps no sender waiting.
+                if telemetry.tracing is None:
+                    telemetry.tracing = await asyncio.to_thread(_tracing, config)
                 remediation.use(await asyncio.to_thread(_catalog, config))
                 packs = await asyncio.to_thread(load_packs, config.packs.dirs, config.packs.disable, config.packs.model)
                 primary(packs)
@@ -185,6 +190,10 @@ def _catalog(config: Config) -> Catalog:
 
 
 def _tracing(config: Config) -> Tracing:
+    """Spans sent nowhere are first made once alerts are taken: OpenTelemetry's SDK takes 15 ms to import. Raises
+    TracingError where they are to be sent, and the exporter is not installed."""
+    from agent.tracing import Tracing, otlp_exporter
+
     otlp = config.otlp
     exporter = otlp_exporter(otlp.endpoint, otlp.timeout_seconds) if otlp.endpoint else None
     return Tracing(__version__, exporter, max_spans=otlp.max_spans)

@@ -4,7 +4,7 @@ Built by `agent.app`, used through `agent.telemetry`. An incident outlives proce
 are derived: the trace id is that of the incoming `traceparent`, or a digest of the incident's id, and so is the root
 span's id. Children name that root from the first second on, before and after a restart; the root
 itself is written when the incident ends. The SDK costs 1.3 MB and 15 ms on top of what the service imports anyway
-(CPython 3.11), the OTLP exporter 3 MB and 30 ms, so only the exporter is imported late.
+(CPython 3.11), the OTLP exporter 3 MB and 30 ms, so both are imported late.
 
 A collector that is slow or dead blocks nobody: spans go to a bounded queue with a thread of its own, the oldest are
 dropped when it is full, and closing waits for a stated time only.

@@ -99,7 +99,7 @@ def diagnosed(prometheus: tuple[Server, float], cluster: Cluster, node: str, tmp
         (tmp_path / "token").write_text(cluster.token_of("doctor", "alertmedic"))
         section = {"enabled": True, "api": cluster.url, "token_file": str(tmp_path / "token"), "evidence": False,
                    "ca_file": str(cluster.ca_file), "namespaces": ["shop"], "diagnostics": diagnostics}  # fmt: skip
-        extra = {"kubernetes": section, "verify": {"poll_seconds": 2, "deadline_seconds": 20},
+        extra = {"kubernetes": section, "verify": {"poll_seconds": 2, "deadline_seconds": 120},
                  "sandbox": {"allow_unenforced_auto": True}, **more}  # fmt: skip
         agent = KubeAgent(tmp_path / "agent", "", server.url, Services([]), autonomy=autonomy, step_seconds=15,
                           extra="\n".join(f"{key}: {json.dumps(value)}" for key, value in extra.items()))  # fmt: skip
