@@ -512,18 +512,35 @@ def load(
     process'), overridden by `options` of the command line (key -> text). Raises ConfigError with every fault, and for a
     file that cannot be read."""
     env = os.environ if environ is None else environ
-    if file is None and env.get("ALERTMEDIC_CONFIG"):
-        file = Path(env["ALERTMEDIC_CONFIG"])
-    body = b""
-    document = Document()
-    if file is not None:
-        document = Document(str(file), file.absolute().parent)
-        try:
-            body = file.read_bytes()
-        except (OSError, ValueError) as error:
-            what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ConfigError((Fault(str(file), 0, "", f"cannot read it: {what}", "check path and mode"),)) from error
-    return load_document(document, body, env, options)
+    return load_document(*_opened(file, env), env, options)
+
+
+def placed(
+    found: Iterable[Fault],
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> tuple[Fault, ...]:
+    """What others found wrong with values of the configuration that `load` made of the same: at the file and line of
+    each key. Reads it again, which nobody does who finds nothing."""
+    env = os.environ if environ is None else environ
+    document, body = _opened(file, env)
+    load_document(document, body, env, options)
+    for fault in found:
+        document.fault(fault.key, fault.what, fault.hint)
+    return tuple(document.faults)
+
+
+def _opened(file: Path | None, environ: Mapping[str, str]) -> tuple[Document, bytes]:
+    if file is None and environ.get("ALERTMEDIC_CONFIG"):
+        file = Path(environ["ALERTMEDIC_CONFIG"])
+    if file is None:
+        return Document(), b""
+    try:
+        return Document(str(file), file.absolute().parent), file.read_bytes()
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError((Fault(str(file), 0, "", f"cannot read it: {what}", "check path and mode"),)) from error
 
 
 def load_document(

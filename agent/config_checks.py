@@ -1,8 +1,8 @@
 """Checks of the configuration across keys: what each value alone cannot show.
 
 Called by `agent.config.load` after every single value is sound. Each function adds faults to the document, at the line
-of the key that has to change; none raises, none looks outside the configuration. `unknown_inventory` is for
-those who have read the catalogue as well.
+of the key that has to change; none raises, none looks outside the configuration. `unknown_inventory` is for those who
+have read the catalogue as well; `agent.config.placed` tells where what it finds stands.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ decoded JSON, which is what a cache of whole objects does at least.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -68,13 +69,14 @@ async def serve() -> None:
             answer = web.StreamResponse()
             await answer.prepare(request)
             i = 0
-            while request.transport is not None and not request.transport.is_closing():
-                await asyncio.sleep(60.0 / PER_MINUTE)
-                if resource in ("pods", "events"):
-                    body = pod(i % PODS, 100 + i) if resource == "pods" else event(i)
-                    kind = "MODIFIED" if resource == "pods" else "ADDED"
-                    await answer.write(orjson.dumps({"type": kind, "object": body}) + b"\n")
-                i += 1
+            with contextlib.suppress(ConnectionResetError):  # who watches goes at the end of a measurement
+                while request.transport is not None and not request.transport.is_closing():
+                    await asyncio.sleep(60.0 / PER_MINUTE)
+                    if resource in ("pods", "events"):
+                        body = pod(i % PODS, 100 + i) if resource == "pods" else event(i)
+                        kind = "MODIFIED" if resource == "pods" else "ADDED"
+                        await answer.write(orjson.dumps({"type": kind, "object": body}) + b"\n")
+                    i += 1
             return answer
         at = int(request.query.get("continue", "0")) if resource == "pods" else len(pages) - 1
         metadata = {"resourceVersion": "10"} | ({"continue": str(at + 1)} if at + 1 < len(pages) else {})

@@ -469,9 +469,10 @@ def _proposal(
     params: dict[str, ParamValue] = {}
     for name, value in template.params.items():
         found = _resolved(value, candidate, observer, seen) if isinstance(value, Reference) else value
-        if found is None:
+        if found is not None:
+            params[name] = found
+        elif not (isinstance(value, Reference) and value.optional):
             return None
-        params[name] = found
     reason = _filled(template.reason or cause.sentence, words)
     cap = template.autonomy_cap
     points = any(isinstance(v, Reference) and v.source.startswith("fact.") for v in template.params.values())

@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, Literal, get_args, get_origin
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import msgspec
 
+from rules.convert import converted, fields_of
 from rules.faults import Fault as Fault
 from rules.faults import PackError as PackError
 from rules.subjects import ENTITIES, SUBJECT, fault_of
@@ -163,16 +164,18 @@ class Likelihood(_Strict, frozen=True, kw_only=True):
 class Reference(_Strict, frozen=True, kw_only=True):
     """A parameter taken from the hypothesis: `candidate.service`, `fact.<attribute>`, `label.<label>`, or from the
     alert: `alert.<label>`; or from the Kubernetes object above the pod of the leading series or fact, or else above the
-    candidate: `owner.kind`, `owner.namespace`, `owner.name`, or of a node `owner.node` (see `rules.owners`)."""
+    candidate: `owner.kind`, `owner.namespace`, `owner.name`, or of a node `owner.node` (see `rules.owners`).
+    `optional`: one that finds nothing leaves the parameter out."""
 
     source: str = msgspec.field(name="from")
+    optional: bool = False
 
 
 class ProposalTemplate(_Strict, frozen=True, kw_only=True):
     """An action by name. `using` names the evidence column whose leading fact or series `fact.*` and `label.*` mean; a
-    reference that finds nothing withdraws the whole proposal, and so does a `configured` that is not among what the
-    operator has set up (`Situation.configured`): `diagnostic/thread_dump` is the one of that name in
-    `kubernetes.diagnostics`."""
+    reference that finds nothing withdraws the whole proposal (but for an `optional` one), and so does a `configured`
+    that is not among what the operator has set up (`Situation.configured`): `diagnostic/thread_dump` is the one of that
+    name in `kubernetes.diagnostics`."""
 
     action: str
     params: dict[str, Scalar | Reference] = {}
@@ -266,7 +269,7 @@ class Pack(_Strict, frozen=True, kw_only=True):
 def parse_pack(data: object, where: str) -> Pack:
     """Plain data (as YAML gives it) to a checked pack. Raises PackError with every fault; `where` names the file."""
     faults: list[Fault] = []
-    pack = _convert(Pack, data, (), faults)
+    pack = converted(Pack, data, (), faults)
     if pack is not None:
         assert isinstance(pack, Pack)
         _check_pack(pack, faults)
@@ -292,10 +295,10 @@ def parse_rest(data: object, name: str) -> tuple[Pack, dict[str, frozenset[str]]
         if not isinstance(entries, Mapping):
             continue
         names[table] = frozenset(str(key) for key in entries)
-        kind = get_args(_fields(Pack)[table].type)[1]
+        kind = get_args(fields_of(Pack)[table].type)[1]
         for key, entry in entries.items():
             faults: list[Fault] = []
-            found = _convert(kind, entry, (), faults)
+            found = converted(kind, entry, (), faults)
             if isinstance(key, str) and not faults:
                 rest[table][key] = found
     return Pack(**rest), names
@@ -430,67 +433,6 @@ class PackSet:
     def version(self) -> str:
         named = [f"{p.pack}/{p.version}" for p in self.packs]
         return " ".join([*named, f"model/{self.model}"] if self.model else named)
-
-
-def _convert(kind: Any, data: object, path: tuple[str | int, ...], faults: list[Fault]) -> Any:
-    """`msgspec.convert`, but field by field, so that one fault does not hide the next."""
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        return _convert_struct(kind, data, path, faults)
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is dict and _holds_struct(args[1]):
-        if not isinstance(data, Mapping):
-            faults.append(Fault(path, f"expected a mapping, got {type(data).__name__}"))
-            return None
-        for key in data:
-            if not isinstance(key, str):
-                faults.append(Fault((*path, str(key)), "keys are strings"))
-        return {k: _convert(args[1], v, (*path, k), faults) for k, v in data.items() if isinstance(k, str)}
-    if origin is tuple and args[-1] is Ellipsis and _holds_struct(args[0]):
-        if not isinstance(data, list):
-            faults.append(Fault(path, f"expected a list, got {type(data).__name__}"))
-            return None
-        return tuple(_convert(args[0], v, (*path, i), faults) for i, v in enumerate(data))
-    if Reference in args and isinstance(data, Mapping):
-        return _convert_struct(Reference, data, path, faults)
-    if data is not None and type(None) in args and any(_holds_struct(a) for a in args):
-        return _convert(next(a for a in args if a is not type(None)), data, path, faults)
-    if Reference in args:
-        kind = Scalar
-    try:
-        return msgspec.convert(data, kind)
-    except msgspec.ValidationError as error:
-        faults.append(Fault(path, str(error)))
-        return None
-
-
-def _holds_struct(kind: Any) -> bool:
-    return (isinstance(kind, type) and issubclass(kind, msgspec.Struct)) or Reference in get_args(kind)
-
-
-@cache
-def _fields(kind: type[msgspec.Struct]) -> dict[str, msgspec.structs.FieldInfo]:
-    """By the name in a file. Looked up once a type: it resolves every annotation anew, most of the time of a start."""
-    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
-
-
-def _convert_struct(
-    kind: type[msgspec.Struct], data: object, path: tuple[str | int, ...], faults: list[Fault]
-) -> msgspec.Struct | None:
-    if not isinstance(data, Mapping):
-        faults.append(Fault(path, f"expected a mapping, got {type(data).__name__}"))
-        return None
-    fields = _fields(kind)
-    before = len(faults)
-    for key in data:
-        if key not in fields:
-            faults.append(Fault((*path, str(key)), f"unknown key; known here: {', '.join(sorted(fields))}"))
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in data:
-            values[field.name] = _convert(field.type, data[name], (*path, name), faults)
-        elif field.required:
-            faults.append(Fault((*path, name), "missing"))
-    return kind(**values) if len(faults) == before else None
 
 
 def _check_pack(pack: Pack, faults: list[Fault]) -> None:

@@ -79,7 +79,7 @@ def _slopes(times: FloatArray, values: FloatArray) -> Slopes:
         score = np.abs(np.nansum(np.sign(risen), axis=1))
         deviation = np.sqrt(spoke * (spoke - 1) * (2 * spoke + 5) / 18.0)
         sustained = (spoke >= LEAST) & (score - 1 >= CRITICAL * deviation) & (score >= TAU * many)
-    middle = np.take_along_axis(pairs, np.maximum(many // 2, 0)[:, None].clip(max=pairs.shape[1] - 1), axis=1)[:, 0]
+    middle = np.take_along_axis(pairs, (many // 2)[:, None].clip(max=pairs.shape[1] - 1), axis=1)[:, 0]
     return Slopes(
         np.where((many > 0) & np.isfinite(middle), middle, 0.0),
         sustained,
@@ -153,7 +153,7 @@ def trend_findings(
                     full.add((signal.group, course.finding.service))
                 found.append((_found(name, signal, course, limit), signal))
     return [
-        _silenced(f) if f.state == "absent" and f.direction == "flat" and (s.group, f.service) in full else f
+        replace(f, state=None) if f.state == "absent" and f.direction == "flat" and (s.group, f.service) in full else f
         for f, s in found
     ]
 
@@ -221,13 +221,9 @@ def _state(z: float, left: float) -> State:
     return "contrary" if z <= -STRONG else "absent"
 
 
-def _silenced(finding: Finding) -> Finding:
-    return replace(finding, state=None)
-
-
 def told(finding: Finding, what: str, change: str, level: str) -> str:
-    """`resident memory of orders grows by 12 MiB a minute, reaches its limit in 14 min`; `change` a
-    minute and `level` now are with their unit."""
+    """`resident memory of orders grows by 12 MiB a minute, now 900 MiB, reaches its limit in 14 min`; `change` a minute
+    and `level` now are with their unit."""
     if finding.direction == "flat":
         return f"{what} does not go on growing, {level}"
     text = f"{what} {'grows' if finding.slope > 0 else 'falls'} by {change} a minute, now {level}"

@@ -1,9 +1,9 @@
 """The API server as the shipped Kubernetes actions speak to it: one request at a time, over http.client.
 
-Used by the other `actions.builtin.kubernetes*`. http.client only: these programs get a
-quarter of a CPU, and importing a Kubernetes client would take most of their time. It follows no redirect and reads no
-proxy, kubeconfig or environment: address, token and certificate authority are arguments, so they are in the plan. The
-token is read again for every request, since it rotates. Every change is made as field manager `alertmedic`, checked
+Used by the other `actions.builtin.kubernetes*`. http.client only: these programs get a quarter of a CPU, and to import
+a Kubernetes client would take most of their time. It follows no redirect and reads no proxy, kubeconfig or environment:
+address, token and certificate authority are arguments, so they are in the plan. The token is read again for every
+request, since it rotates. Every change is made as field manager `alertmedic`, checked
 strictly, and bound to the resourceVersion that was just read. Objects outside the namespaces of the plan, and those
 that the agent itself lives in, are refused before anything is asked.
 """

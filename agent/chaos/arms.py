@@ -129,8 +129,8 @@ async def auto(world: ChaosWorld) -> AsyncIterator[Doings]:
 
 @dataclass
 class Person:
-    """Who approves. An alert that comes and goes makes the agent look again and ask again: what asks for the same
-    action on the same targets needs no second thought, and anything else, or the same after it was done, a minute."""
+    """Who approves. While an alert comes and goes the agent looks again, and the same plan or another one waits: the
+    same action on the same targets needs no second thought; anything else, or the same after it was done, a minute."""
 
     since: dict[str, tuple[Any, float]] = field(default_factory=dict)  # what waits, and since when, by incident
 

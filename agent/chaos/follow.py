@@ -303,13 +303,13 @@ class Rankings:
     """The rankings that the agent told while it was watched: (cause, service), best first. It may look again after it
     has acted, at a world that its own action changed: what counts is the ranking that its first action rests on."""
 
-    newest: dict[str, list[_Ranking]] = field(default_factory=dict)  # by incident, each that differs from the last
+    told: dict[str, list[_Ranking]] = field(default_factory=dict)  # by incident, each that differs from the last
     acted_on: dict[str, _Ranking] = field(default_factory=dict)  # by incident, in the order of the first actions
 
     def see(self, incidents: Sequence[dict[str, Any]]) -> None:
         """What the agent's API tells now. Seen often, so that no ranking comes and goes unseen."""
         for incident in incidents:
-            id, told = incident["id"], self.newest.setdefault(incident["id"], [])
+            id, told = incident["id"], self.told.setdefault(incident["id"], [])
             ranking = tuple((h["cause"], h["service"]) for h in incident["hypotheses"]) if _ranked(incident) else ()
             if ranking and ranking not in told[-1:]:
                 told.append(ranking)

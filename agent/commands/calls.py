@@ -40,8 +40,12 @@ def serve(arguments: argparse.Namespace) -> int:
 
     config = _config(arguments)
     from agent import app
+    from agent.config import ConfigError, placed
 
-    return asyncio.run(app.serve(config))
+    try:
+        return asyncio.run(app.serve(config))
+    except ConfigError as error:  # of keys that were held against the catalogue
+        raise ConfigError(placed(error.faults, arguments.config, options=_options(arguments))) from error
 
 
 def version(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.commands.output import Exit, emit_json, say
-from agent.config import Config, ConfigError, Fault, load
+from agent.config import Config, ConfigError, Fault, load, placed
 from agent.config_checks import unknown_inventory
 from agent.strict_kinds import Secret
 
@@ -31,7 +31,8 @@ def check_config(file: Path | None, options: Mapping[str, str], *, as_json: bool
         faults += [dataclasses.asdict(f) for f in error.faults]
         lines += [str(f) for f in error.faults]
     if config is not None:
-        named = _faults_of_what_is_named(config)
+        named, keys = _faults_of_what_is_named(config)
+        named += placed(keys, file, options=options)
         lines += map(str, named)
         faults += [dataclasses.asdict(f) for f in named]
     effective = effective_config(config) if config is not None and show else None
@@ -67,13 +68,15 @@ def effective_config(config: Config) -> dict[str, Any]:
     return shown
 
 
-def _faults_of_what_is_named(config: Config) -> list[Fault]:
+def _faults_of_what_is_named(config: Config) -> tuple[list[Fault], list[Fault]]:
+    """Faults of other files; and those of the configuration's own keys that only show beside these, not placed yet."""
     from actions.catalog import CatalogError, load_catalog
     from agent.packs import load_packs
     from agent.topology import TopologyError, load_topology
     from rules.packs import PackError
 
     faults: list[Fault] = []
+    keys: list[Fault] = []
     try:
         load_packs(config.packs.dirs, config.packs.disable)
     except PackError as error:
@@ -81,15 +84,15 @@ def _faults_of_what_is_named(config: Config) -> list[Fault]:
     except OSError as error:
         faults.append(Fault("packs", 0, "", f"packs: {error}", "check packs.dirs"))
     try:
-        faults += _unusable_inventory(config, load_catalog(config.actions.dirs, config.actions.disable))
-        faults += unknown_inventory(config, load_catalog(config.actions.dirs))
+        keys += _unusable_inventory(config, load_catalog(config.actions.dirs, config.actions.disable))
+        keys += unknown_inventory(config, load_catalog(config.actions.dirs))
     except CatalogError as error:
         faults += [Fault("actions", 0, "", str(fault)) for fault in error.faults]
     try:
         load_topology(config)
     except TopologyError as error:
         faults += error.faults
-    return faults
+    return faults, keys
 
 
 def _unusable_inventory(config: Config, catalog: Catalog) -> list[Fault]:

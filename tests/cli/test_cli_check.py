@@ -338,7 +338,7 @@ def test_the_inventory_takes_what_the_actions_take(tmp_path: Path) -> None:
     for command in ("check-config",), ("serve", "--listen", "127.0.0.1:0", "--config"):
         refused = alertmedic(*command, file, "--state-dir", tmp_path / "state")
         assert refused.code == 1
-        assert "inventory.db.redis_ulr: no action takes this key" in refused.out + refused.err
+        assert f"{file}:5: inventory.db.redis_ulr: no action takes this key" in refused.out + refused.err
         assert 'did you mean "redis_url"?' in refused.out + refused.err
 
 
@@ -351,6 +351,6 @@ def test_inventory_that_no_action_could_take_is_a_fault(tmp_path: Path) -> None:
     )
     done = alertmedic("check-config", file)
     assert done.code == 1
-    keys = [line.split(": ")[1] for line in done.out.splitlines()]
-    assert keys == ["inventory.db.systemd_unit", "inventory.web.flags_url"]
+    places = [tuple(line.split(": ")[:2]) for line in done.out.splitlines()]
+    assert places == [(f"{file}:2", "inventory.db.systemd_unit"), (f"{file}:3", "inventory.web.flags_url")]
     assert "service.restart.systemd cannot take it" in done.out

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from schema_walk import keys
@@ -47,11 +46,9 @@ def test_every_example_of_the_documentation_loads(tmp_path: Path) -> None:
     assert found >= {"README.md", "configuration.md", "gateway.md", "kubernetes.md"}
 
 
-def test_alertmanager_takes_every_example_of_its_configuration(tmp_path: Path) -> None:
+def test_alertmanager_takes_every_example_of_its_configuration(program: Callable[..., str], tmp_path: Path) -> None:
     """Blocks with `receivers`, by amtool; one without a `route` gets one."""
-    amtool = shutil.which("amtool")
-    if amtool is None:
-        pytest.skip("no amtool")
+    amtool = program("amtool", "prometheus-alertmanager")
     blocks = [b for page in PAGES for b in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
     examples = [data for data in map(yaml.safe_load, blocks) if "receivers" in data]
     assert len(examples) >= 2

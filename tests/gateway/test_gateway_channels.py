@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -163,6 +164,38 @@ async def test_b_is_stopped_while_a_is_at_work(open_gateway: Open, monkeypatch: 
     assert seen == ["T", "frozen"] * 2
     await process(gateway).rest()
     assert not Path(f"/proc/{running.pid}").exists()
+
+
+HOLDING = """
+import asyncio, signal
+from agent.gateway.channel import ProcessChannel
+from agent.gateway.worker import Setting
+
+async def main():
+    channel = ProcessChannel(Setting(memory_bytes=1 << 30))
+    assert await channel.ready(60.0)
+    channel.hold()
+    print(channel._process.pid, flush=True)
+    signal.pause()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_stopped_b_does_not_outlive_an_agent_that_was_killed() -> None:
+    """kill -9 of the service while A is at work: nobody is left to let B go on, or to end it."""
+    service = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLDING, cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE
+    )
+    assert service.stdout is not None
+    pid = int(await service.stdout.readline())
+    async with asyncio.timeout(30):
+        while _state(pid) != "T":
+            await asyncio.sleep(0.01)
+        service.kill()
+        await service.wait()
+        while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":  # nobody may be there to fetch it
+            await asyncio.sleep(0.01)
 
 
 async def test_being_held_is_no_hanging(open_gateway: Open, monkeypatch: pytest.MonkeyPatch) -> None:
