@@ -102,7 +102,8 @@ except BlockingIOError:
 async def test_fork_bomb_is_held_and_gone() -> None:
     leaf = leaf_name()
     refused = "while read -r _ refused < $0; do [ $refused = 0 ] || exit 7; done"  # all of it built into the shell
-    bomb = ["/bin/sh", "-c", f"b() {{ b | b & }}; b; {refused}", f"{HERE.root}/{leaf}/pids.events"]
+    # The shell that looks forks once, before anybody else can: it is not the one that is refused.
+    bomb = ["/bin/sh", "-c", f"b() {{ b | b & }}; b & {refused}", f"{HERE.root}/{leaf}/pids.events"]
     result = await run(bomb, Limits(pids=20, cpu_quota_us=FULL, timeout_seconds=120), leaf=leaf)
     held_by_the_kernel(result)
     assert result.exit_code == 7
