@@ -8,8 +8,9 @@ decides: what could not be had is in the evidence as `missing`.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -35,6 +36,8 @@ from rules.subjects import EXPRESSION_FACT, entry_of, kind_of, subject_of
 
 DISCOVERY_SECONDS = 300.0  # how long a topology that was read from metrics is believed
 NOTHING = "vector(0)"  # stands for an expression that is not known: only the labels are asked about
+LONGEST = 4  # windows that a look reaches back for something to compare with, where earlier trouble fills the first
+MOST_STEPS = 10_000  # of such a look; Prometheus answers 11,000 at most
 HOLD_COUNTS = 60.0  # a shorter `for` lies within the onset's margin
 UNREACHED = 5.0  # seconds after which a discovery that failed is tried again
 
@@ -99,26 +102,48 @@ class Situations:
         now = self.clock()
         about = await self._about(incident)
         onset = min(incident.onset, now) - prometheus.onset_margin_seconds - about.hold_seconds
-        start = min(onset, now) - prometheus.window_seconds
+        start = self._start(incident, state, onset)
         topology = await self._topology(now)
         look = Situation(about.alerts, about.entry, onset, now, topology=topology, configured=self._configured)
         told = facts(state.changes, incident.tenant, onset, now)
         look = await self._look(about, look, start)
         if told:
             look = replace(look, evidence=(*look.evidence, Evidence(CHANGES, "journal", facts=told)))
-        # Earlier trouble began before its alert fired, and left the rate windows after it had ended, as this one does.
-        before, after = prometheus.onset_margin_seconds, prometheus.rate_window_seconds
         looked_at = [(start, onset), *((start - h.offset, now - h.offset) for h in look.history)]
         windows = [
-            (max(begin - before, first), min(end + after, last))
+            (begin, end)
             for first, last in looked_at
-            for service in incident.services or [""]
-            for begin, end in state.quiet_windows(service, first - after, last, without=incident.id)
+            for begin, end in self._quiet(incident, state, first, last)
             # An alert that fired all the time before (for days, or nobody told that it resolved) is how things are: to
             # leave that out would leave nothing to compare with.
             if first != start or begin > first or end < last
         ]
-        return replace(look, quiet=tuple(sorted({window for window in windows if window[0] < window[1]})))
+        return replace(look, quiet=tuple(sorted(set(windows))))
+
+    def _quiet(self, incident: Incident, state: State, first: float, last: float) -> list[tuple[float, float]]:
+        """The trouble of other incidents of its services within [first, last]. It began before its alert fired, and
+        left the rate windows after it had ended, as this one does."""
+        before, after = self.config.prometheus.onset_margin_seconds, self.config.prometheus.rate_window_seconds
+        windows = [
+            (max(begin - before, first), min(end + after, last))
+            for service in incident.services or [""]
+            for begin, end in state.quiet_windows(service, first - after, last, without=incident.id)
+        ]
+        return [(begin, end) for begin, end in windows if begin < end]
+
+    def _start(self, incident: Incident, state: State, onset: float) -> float:
+        """Where the look begins: a window before the onset, and earlier, LONGEST windows at most, while earlier trouble
+        leaves less than half a window to compare with. Trouble that lasted longer than that is how things are."""
+        window = self.config.prometheus.window_seconds
+        most = max(window, min(LONGEST * window, MOST_STEPS * self.config.prometheus.step_seconds))
+        start, least = onset - window, onset - most
+        while start > least:
+            lacking = window / 2.0 - (onset - start - _covered(self._quiet(incident, state, start, onset)))
+            if lacking <= 0.0:
+                return start
+            start = max(start - max(lacking, window / 10.0), least)
+        free = onset - start - _covered(self._quiet(incident, state, start, onset))
+        return start if free > window / 10.0 else onset - window
 
     async def around(self, alerts: Sequence[Alert], tenant: str = "") -> Situation:
         """What `of` gives for an incident of these alerts that nothing else is known of."""
@@ -286,6 +311,15 @@ class Situations:
         if not found.edges:
             raise LookupError("topology: metrics tell no edges")
         return found
+
+
+def _covered(windows: Iterable[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the windows."""
+    covered, reached = 0.0, -math.inf
+    for begin, end in sorted(windows):
+        covered += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered
 
 
 def _said(answer: Answer[Topology]) -> str:

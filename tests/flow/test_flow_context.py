@@ -196,27 +196,52 @@ async def test_who_calls_whom_is_not_forgotten_while_metrics_are_silent() -> Non
         assert (await situations._topology(now)).edges == (("front", "orders"),)
 
 
+async def fires(world: World, name: str, starts_at: float) -> str:
+    """The incident that an alert of the front opens."""
+    labels = {"alertname": name, "service": "front"}
+    alert = Alert(tenant="default", fingerprint=name, status="firing", labels=labels, starts_at=starts_at, digest=name)
+    record = AlertsReceived(at=starts_at, tenant="default", receiver="r", group_key=name, alerts=(alert,))
+    await world.store.record(record)
+    current = world.store.state.current("default", name)
+    assert current is not None
+    return current.incident
+
+
 @pytest.mark.parametrize(("fires_since", "quiet"), [(3600.0, True), (3 * 86400.0, False)])
 async def test_an_alert_that_fires_for_days_is_how_things_are(world: World, fires_since: float, quiet: bool) -> None:
     """An earlier, escalated incident's alert still fires: no baseline as far as it reaches, but not instead of one."""
     config = Config(prometheus=Prometheus(window_seconds=7200.0, history_seconds=()))
 
-    async def fires(name: str, starts_at: float) -> str:
-        labels = {"alertname": name, "service": "front"}
-        alert = Alert(
-            tenant="default", fingerprint=name, status="firing", labels=labels, starts_at=starts_at, digest=name
-        )
-        record = AlertsReceived(at=starts_at, tenant="default", receiver="r", group_key=name, alerts=(alert,))
-        await world.store.record(record)
-        current = world.store.state.current("default", name)
-        assert current is not None
-        return current.incident
-
-    chronic = await fires("Chronic", NOW - fires_since)
+    chronic = await fires(world, "Chronic", NOW - fires_since)
     world.now = NOW - fires_since
     await world.moved(chronic, "escalated")
-    fresh = await fires("Fresh", NOW - 60.0)
+    fresh = await fires(world, "Fresh", NOW - 60.0)
     assert fresh != chronic
     situations = Situations(config, PackSet.of(()), (), Topology(kinds={"front": "http"}), None, lambda: NOW)
     look = await situations.of(world.incident(fresh), world.store.state)
     assert bool(look.quiet) is quiet
+
+
+@pytest.mark.parametrize(
+    ("lasted", "reaches"),
+    [(0.3, 1.0), (0.5, 1.0), (0.9, 1.4), (1.5, 2.0), (3.4, 3.9), (3.8, 4.0), (5.0, 1.0)],
+)
+async def test_a_look_reaches_back_behind_the_trouble_before(world: World, lasted: float, reaches: float) -> None:
+    """In windows: how long an earlier incident lasted that ended when this one began, and how far the look goes back.
+    Half a window to compare with is enough; after trouble without an end the window is the usual one."""
+    window = 7200.0
+    about = Prometheus(window_seconds=window, history_seconds=(), onset_margin_seconds=0.0, rate_seconds=30.0)
+    fresh_at = NOW - 60.0
+    earlier = await fires(world, "Earlier", fresh_at - lasted * window)
+    world.now = fresh_at - lasted * window
+    await world.moved(earlier, "escalated")
+    fresh = await fires(world, "Fresh", fresh_at)
+    assert fresh != earlier
+    topology = Topology(kinds={"front": "http"})
+    situations = Situations(Config(prometheus=about), PackSet.of(()), (), topology, None, lambda: NOW)
+    incident, state = world.incident(fresh), world.store.state
+    start = situations._start(incident, state, incident.onset)
+    assert (incident.onset - start) / window == pytest.approx(reaches, abs=0.11)
+    look = await situations.of(incident, state)
+    free = incident.onset - start - sum(end - begin for begin, end in look.quiet)
+    assert free >= window / 10.0
