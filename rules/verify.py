@@ -76,6 +76,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 SYMPTOM_LEFT = 0.1  # of a symptom's excess may remain
 SUPPORT_LEFT = 0.5  # of a supporting series' excess: the machine has other work too
+CLEAR_OF_LIMIT = 0.9  # of its limit is enough for what had reached it: a full disk is well again at 80 %
 SAMPLES = 3
 _BAD = ("strong", "weak", "silent")
 
@@ -171,6 +172,9 @@ def _watch(
     down = signal.bad == "down" or (signal.bad == "both" and not silent and finding.level < baseline)
     excess = 0.0 if silent else abs(finding.level - baseline)
     slack = max(WEAK * scale, (SYMPTOM_LEFT if role == "symptom" else SUPPORT_LEFT) * excess)
+    bound = baseline - slack if down else baseline + slack
+    if role == "support" and signal.kind == "saturation" and signal.limit is not None and not down:
+        bound = max(bound, CLEAR_OF_LIMIT * signal.limit)
     watched[finding.series] = WatchedSeries(
         metric=finding.series.metric,
         labels=finding.series.labels,
@@ -179,7 +183,7 @@ def _watch(
         baseline=baseline,
         scale=scale,
         level=None if silent else finding.level,
-        threshold=baseline - slack if down else baseline + slack,
+        threshold=bound,
     )
 
 

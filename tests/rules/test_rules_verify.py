@@ -74,6 +74,21 @@ def test_each_watched_series_can_withhold_the_verdict(packs: PackSet, fault: str
             assert not verdict.recovered, (watched, value)
 
 
+@pytest.mark.parametrize(("usual", "left", "recovered"), [(0.04, 0.8, True), (0.5, 0.8, True), (0.04, 0.93, False)])
+def test_a_disk_need_not_be_as_empty_as_before(packs: PackSet, usual: float, left: float, recovered: bool) -> None:
+    """`disk.free_logs` stops at 80 %: that is a cure, also of a disk that was nearly empty a minute ago."""
+    full, freed = Shop(), Shop(seed=5)
+    disk = sid("host_disk_used_ratio", "node-1", mountpoint="/")
+    full.series[disk][:] = usual
+    FAULTS["disk_full"][0](full)
+    best = diagnose(full.situation(), packs).best
+    assert best is not None
+    assert best.cause == "host.disk_full"
+    freed.series[disk][:] = left
+    verdict = judge(justification_of(full.situation(), best, packs), afterwards(freed), packs, since=ACTED)
+    assert verdict.recovered is recovered, verdict.text
+
+
 def test_samples_from_before_the_action_do_not_count(packs: PackSet) -> None:
     justification = justified(packs, "bad_flag")
     now = afterwards(Shop())
