@@ -59,8 +59,12 @@ class Clock:
         bad = [f for f in self.observer.symptom().findings if f.bad]
         rows: dict[SeriesId, tuple[FloatArray, FloatArray]] = {}
         for evidence in self.observer.situation.evidence:
+            times = evidence.frame.times
+            earlier = np.zeros(times.shape, dtype=bool)  # other trouble: who moved first in it says nothing of this
+            for begin, end in self.observer.situation.quiet:
+                earlier |= (times >= begin) & (times <= end)
             for series, values in zip(evidence.frame.ids, evidence.frame.values, strict=True):
-                rows.setdefault(series, (evidence.frame.times, values))
+                rows.setdefault(series, (times, np.where(earlier, np.nan, values) if earlier.any() else values))
         self._rows = rows
         self._effect = next((f for f in bad if f.series in rows), None)
 

@@ -157,6 +157,7 @@ class Shop:
         self.put("host_cpu_waiting_ratio", "node-1", 0.05, 0.3)
         self.put("host_memory_available_ratio", "node-1", 0.6, 0.005)
         self.put("host_disk_used_ratio", "node-1", 0.5, 0.001, mountpoint="/")
+        self.series[sid("builds_seen", "orders")] = np.ones(self.times.shape[0])
 
     def _host_facts(self) -> None:
         self.facts = [
@@ -343,6 +344,14 @@ def disk_full(shop: Shop) -> None:
     shop.series[sid("host_disk_used_ratio", "node-1", mountpoint="/")][shop.after] = 0.995
 
 
+def bad_build(shop: Shop) -> None:
+    """A release fails for some products: too few requests a sample to tell by counting whose failures they are."""
+    shop.slow_front(0.12, 0.27)
+    shop.shift("http_error_ratio", "orders", 0.2)
+    shop.shift("http_client_error_ratio", "front", 0.21, server_address="orders")
+    shop.series[sid("builds_seen", "orders")][shop.after] = 2.0
+
+
 def database_down(shop: Shop) -> None:
     shop.slow_front(0.1, 0.95)
     shop.shift("http_error_ratio", "orders", 0.95)
@@ -369,6 +378,7 @@ FAULTS: Mapping[str, tuple[FaultFn, str, str]] = {
     "pool_exhausted": (pool_exhausted, "worker.pool_exhausted", "worker"),
     "orders_busy": (orders_busy, "process.cpu_saturation", "orders"),
     "disk_full": (disk_full, "host.disk_full", "node-1"),
+    "bad_build": (bad_build, "service.bad_release", "orders"),
     "database_down": (database_down, "postgres.down", "postgres"),
 }
 

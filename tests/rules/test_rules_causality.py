@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules_world import golden, quiet, sid
+from rules_world import ONSET, golden, quiet, sid
 
 from rules.causality import FINE_SECONDS, LEAD, P_LEADS, Clock, direction, lead_lag
 from rules.diagnose import diagnose, observe
@@ -107,6 +107,27 @@ def test_a_step_that_comes_first_leads(packs: PackSet) -> None:
     lead = Clock(observer).lead(locks)
     assert lead is not None
     assert (lead.seconds > 0, lead.nats, lead.p <= P_LEADS) == (True, LEAD, True)
+
+
+def test_who_moved_first_in_earlier_trouble_says_nothing_of_this(packs: PackSet) -> None:
+    """Half a minute before the onset there was trouble in which the locks followed, and it is known as an incident."""
+    situation = shifted(golden("blocking_session"), "pg_blocking_locks", "postgres", 4)
+    situation = shifted(situation, "pg_active_sessions", "postgres", 4)
+
+    def troubled(e: Evidence) -> Evidence:
+        values = e.frame.values.copy()
+        for series, late in ((sid("http_latency_p95", "front"), 0), (sid("pg_blocking_locks", "postgres"), 9)):
+            if series in e.frame.ids:
+                at = (e.frame.times >= ONSET - 60 + late) & (e.frame.times < ONSET - 40 + late)
+                values[e.frame.ids.index(series), at] = 50.0
+        return replace(e, frame=Frame(e.frame.times, e.frame.ids, values))
+
+    twice = replace(situation, evidence=tuple(troubled(e) for e in situation.evidence))
+    for known, leads in (((), False), (((ONSET - 62, ONSET - 25),), True)):
+        observer = observe(replace(twice, quiet=known), packs)
+        (locks,) = [f for f in observer.findings if f.signal == "pg_blocking_locks"]
+        lead = Clock(observer).lead(locks)
+        assert (lead is not None and lead.nats > 0) is leads, lead
 
 
 def test_coarse_samples_are_not_asked(packs: PackSet) -> None:

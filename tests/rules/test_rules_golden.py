@@ -31,7 +31,7 @@ from rules.diagnose import diagnose
 from rules.model import Diagnosis, Situation, Topology
 from rules.packs import PackSet
 
-NO_PROPOSAL = {"payments_slow"}
+NO_PROPOSAL = {"payments_slow", "bad_build"}
 
 
 def best(diagnosis: Diagnosis) -> tuple[str, str] | None:
