@@ -158,6 +158,8 @@ class Shop:
         self.put("host_memory_available_ratio", "node-1", 0.6, 0.005)
         self.put("host_disk_used_ratio", "node-1", 0.5, 0.001, mountpoint="/")
         self.series[sid("builds_seen", "orders")] = np.ones(self.times.shape[0])
+        for metric in ("db_pool_used_ratio", "db_pool_waiting"):
+            self.series[sid(metric, "orders")] = np.zeros(self.times.shape[0])
 
     def _host_facts(self) -> None:
         self.facts = [
@@ -352,6 +354,42 @@ def bad_build(shop: Shop) -> None:
     shop.series[sid("builds_seen", "orders")][shop.after] = 2.0
 
 
+def database_late(shop: Shop) -> None:
+    """The network to the database delays: each connection is in use for longer, until none is free. Nothing leaks."""
+    shop.slow_front(1.4, 0.1)
+    shop.shift("http_latency_p95", "orders", 1.2)
+    shop.shift("http_latency_mean", "orders", 0.7)
+    shop.shift("http_client_latency_p95", "front", 1.3, server_address="orders")
+    shop.shift("db_client_latency_p95", "orders", 0.9, server_address="postgres")
+    shop.series[sid("db_pool_used_ratio", "orders")][shop.after] = 1.0
+    shop.series[sid("db_pool_waiting", "orders")][shop.after] = 22.0
+
+
+def database_unreachable(shop: Shop) -> None:
+    """Nothing passes to the database, which is up and idle; its client's calls time out, and it calls nobody else."""
+    shop.slow_front(3.0, 0.9)
+    shop.shift("http_latency_p95", "orders", 3.0)
+    shop.shift("http_latency_mean", "orders", 2.1)
+    shop.shift("http_error_ratio", "orders", 0.8)
+    shop.shift("http_client_latency_p95", "front", 3.0, server_address="orders")
+    shop.shift("http_client_error_ratio", "front", 0.8, server_address="orders")
+    shop.shift("db_client_error_ratio", "orders", 1.0, server_address="postgres")
+    shop.shift("db_client_latency_p95", "orders", 2.4, server_address="postgres")
+    shop.shift("db_client_operation_rate", "orders", 4.0, server_address="postgres")
+    shop.shift("process_cpu_cores", "orders", 0.04)
+    shop.shift("worker_jobs_rate", "worker", 0.1)
+
+
+def connections_leaked(shop: Shop) -> None:
+    """Exports keep all connections; before the first of the others gives up waiting."""
+    shop.slow_front(2.6, 0.2)
+    shop.shift("http_latency_p95", "orders", 2.2)
+    shop.shift("http_client_latency_p95", "front", 2.3, server_address="orders")
+    shop.shift("db_client_operation_rate", "orders", 30.0, server_address="postgres")
+    shop.series[sid("db_pool_used_ratio", "orders")][shop.after] = 1.0
+    shop.series[sid("db_pool_waiting", "orders")][shop.after] = 56.0
+
+
 def database_down(shop: Shop) -> None:
     shop.slow_front(0.1, 0.95)
     shop.shift("http_error_ratio", "orders", 0.95)
@@ -379,6 +417,9 @@ FAULTS: Mapping[str, tuple[FaultFn, str, str]] = {
     "orders_busy": (orders_busy, "process.cpu_saturation", "orders"),
     "disk_full": (disk_full, "host.disk_full", "node-1"),
     "bad_build": (bad_build, "service.bad_release", "orders"),
+    "database_late": (database_late, "postgres.network_delay", "postgres"),
+    "database_unreachable": (database_unreachable, "postgres.unreachable", "postgres"),
+    "connections_leaked": (connections_leaked, "program.connections_leaked", "orders"),
     "database_down": (database_down, "postgres.down", "postgres"),
 }
 

@@ -31,7 +31,7 @@ from rules.diagnose import diagnose
 from rules.model import Diagnosis, Situation, Topology
 from rules.packs import PackSet
 
-NO_PROPOSAL = {"payments_slow", "bad_build"}
+NO_PROPOSAL = {"payments_slow", "bad_build", "database_late", "database_unreachable"}
 
 
 def best(diagnosis: Diagnosis) -> tuple[str, str] | None:
