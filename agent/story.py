@@ -83,6 +83,10 @@ def span(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def weighed(candidates: int) -> str:
+    return "1 candidate was weighed" if candidates == 1 else f"{candidates} candidates were weighed"
+
+
 def headline(incident: Incident, now: float) -> str:
     """One sentence: what it is, what state it is in, since when, and the best explanation."""
     names = sorted({a.name for a in incident.alerts.values() if a.name})
@@ -229,7 +233,7 @@ def _hypotheses(incident: Incident) -> Iterator[Row]:
     tone: Tone = "warn" if diagnosis.best is None else "title"
     if verdict == "ranked":
         verdict += ", the first stands clear" if diagnosis.clear else ", but none stands clear: nothing is proposed"
-    yield Row(f"{verdict}; {diagnosis.candidates} candidates were weighed", incident.diagnosed_at, tone=tone)
+    yield Row(f"{verdict}; {weighed(diagnosis.candidates)}", incident.diagnosed_at, tone=tone)
     if diagnosis.sentence:
         yield Row(printable(diagnosis.sentence))
     if diagnosis.owner:

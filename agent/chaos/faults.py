@@ -22,8 +22,17 @@ import asyncpg
 import psutil
 
 from agent.chaos import releases
-from agent.chaos.inner_faults import ClockSkew, Deadlock, Deploy, LogsFillDisk, LogStorm, PoolLeak, ThreadLeak
-from agent.chaos.outer_faults import Certificate, Loss, Names
+from agent.chaos.inner_faults import (
+    CacheStampede,
+    ClockSkew,
+    Deadlock,
+    Deploy,
+    LogsFillDisk,
+    LogStorm,
+    PoolLeak,
+    ThreadLeak,
+)
+from agent.chaos.outer_faults import Certificate, Loss, Names, SlowDisk
 from agent.demo import faults as demo
 from agent.demo.children import set_session_priority
 from agent.demo.faults import Crash, InjectionError, Make, Shop, Stuck, Supervisor, put
@@ -302,6 +311,8 @@ FAULTS: dict[str, Make] = {
     "certificate_renewed": partial(Certificate, name="renewed"),
     "payments_loss": Loss,
     "disk_full": LogsFillDisk,
+    "disk_slow": SlowDisk,
+    "cache_stampede": CacheStampede,
 }
 
 

@@ -146,6 +146,44 @@ class ClockSkew:
 
 
 @dataclass
+class CacheStampede:
+    """A job of somebody's invalidates the cache of `orders` again and again; he notices after a while."""
+
+    shop: Shop
+    every: float = 0.1
+    seconds: float = 30.0
+    _job: asyncio.Task[None] | None = None
+
+    async def inject(self) -> float:
+        await self._ask("DELETE")
+        self._job = asyncio.ensure_future(self._again_and_again())
+        return time.time()
+
+    async def _ask(self, method: str) -> Any:
+        return await put(f"{self.shop.orders}/caches/trends", None, method)
+
+    async def _again_and_again(self) -> None:
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            await asyncio.sleep(self.every)
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                await self._ask("DELETE")
+
+    async def clear(self) -> None:
+        """A stampede may outlive what set it off: where everybody computes at once, nobody is done in time. A program
+        that is started again computes before it lets customers in."""
+        if self._job is None:
+            return
+        self._job.cancel()
+        for _ in range(LOOKS):
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                if (await self._ask("GET"))["held"]:
+                    return
+            await asyncio.sleep(0.3)
+        await Supervisor(self.shop.supervisor).restart("orders")
+
+
+@dataclass
 class LogsFillDisk:
     """Old logs of a nightly import, which nobody deletes, take the last byte of the disk that receipts are kept on."""
 

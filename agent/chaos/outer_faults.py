@@ -1,4 +1,4 @@
-"""Faults outside the shop's programs: names, certificates and connections, which nobody in the shop can mend.
+"""Faults outside the shop's programs: names, certificates, connections and disks, which nobody in the shop can mend.
 
 Part of the injector (`agent.chaos.faults`). Each ends by itself after `seconds`, as somebody else puts it right, and
 with the world at the latest.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from agent.demo.faults import InjectionError, Shop, put
+from agent.chaos.throttle import Throttle, obstacle
+from agent.demo.faults import InjectionError, Shop, Supervisor, put
 
 
 @dataclass
@@ -73,3 +75,23 @@ class Loss(_Passing):
 
     async def _set(self, broken: bool) -> None:
         await put(f"{self.shop.links[self.link]}/link", {"loss": self.share} if broken else {})
+
+
+@dataclass
+class SlowDisk(_Passing):
+    """The disk that receipts are kept on takes so many `writes` a second from the shop's programs, also from those that
+    are started meanwhile."""
+
+    writes: float = 4.0
+    _throttle: Throttle | None = None
+
+    async def _set(self, broken: bool) -> None:
+        if broken:
+            why = obstacle() if self.shop.spool else "there is no small disk here: run as root, in a world of its own"
+            if why:
+                raise InjectionError(f"disk_slow: {why}")
+            leader = await Supervisor(self.shop.supervisor).pid()
+            self._throttle = Throttle.of(Path(self.shop.spool), leader, int(self.writes))
+        elif self._throttle is not None:
+            self._throttle.end()
+            self._throttle = None

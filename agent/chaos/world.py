@@ -21,7 +21,7 @@ import aiohttp
 import psutil
 import yaml
 
-from agent.chaos import certificates, disk, releases
+from agent.chaos import certificates, disk, releases, throttle
 from agent.chaos.certificates import Certificates
 from agent.chaos.disk import fill
 from agent.chaos.workload import CannotInjectError
@@ -37,12 +37,13 @@ PAYMENTS_NAME = "payments.shop.test"
 FAKETIME = "*/faketime/libfaketime.so.1"  # below /usr/lib; Debian: faketime
 # The injector must not know them.
 HARNESS_FAULTS = frozenset({"agent_kill", "prometheus_frozen", "alertmanager_frozen", "journal_full", "sandbox_gone"})
-NEEDS_DISK = {"disk_full": "spool", "journal_full": "journal"}
+NEEDS_DISK = {"disk_full": "spool", "disk_slow": "spool", "journal_full": "journal"}
 # Bounds by which the guard tells an ordinary day from a storm are meant for faults that are days apart. Here they are
 # half a minute apart, and a run must not depend on those before it in its world.
 SHARED_WORLD = {"storm": {"incidents": 200}, "actions_per_action_per_hour": 60}
 # A queue that is served again takes its time; the demo, which has no such fault, gives up after half of it.
 VERIFY_SECONDS = 60
+TREND_HOURS = 40000  # what is kept in the cache of `orders` takes half a second of CPU to compute
 SMALL_DISKS = {"spool": 48, "journal": 64}  # MB: the shop's receipts and logs; the agent's journal
 
 
@@ -155,6 +156,7 @@ class ChaosWorld(World):
             "ca": str(self.certificates.authority),
             "resolver": f"127.0.0.1:{self.names_port}",
             "spool": str(self.place("spool")),
+            "trends": str(TREND_HOURS),
         }
         return settings.supervisor(
             self.ports, place, self.orders_cpu, database, payments, more, self._orders_environment()
@@ -274,6 +276,8 @@ class ChaosWorld(World):
         """What this machine lacks for a fault; "" where it lacks nothing."""
         if fault in NEEDS_DISK and NEEDS_DISK[fault] not in self.disks:
             return f"there is no small disk: {self.no_disks}"
+        if fault == "disk_slow" and (why := throttle.obstacle()):
+            return why
         if fault == "clock_skew" and not self.sets_clock:
             return "nothing in this world runs under libfaketime"
         if fault == "clock_skew" and not self.faketime:

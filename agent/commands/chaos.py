@@ -222,7 +222,7 @@ def _line(progress: Progress, what: str, made: Run | None) -> str:
     else:
         parts.append("not recovered" if made.recovered is None else f"recovered after {made.recovered:.1f} s")
     if made.top:
-        parts.append(f"said {made.top[0]}" + ("" if made.rank == 1 or not made.degraded else " (WRONG)"))
+        parts.append(f"said {made.top[0]}" + ("" if made.rank == 1 or not made.truth else " (WRONG)"))
     if made.actions:
         parts.append("did " + ", ".join(made.actions))
     if made.killed_at is not None:

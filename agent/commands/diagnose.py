@@ -150,7 +150,9 @@ _WORDS = {  # of what is no evidence group
 
 
 def _tell(path: Path, diagnosis: Diagnosis) -> None:
-    say(f"{path.name}: {diagnosis.verdict.replace('_', ' ')}; {diagnosis.candidates} candidates were weighed")
+    from agent.story import weighed
+
+    say(f"{path.name}: {diagnosis.verdict.replace('_', ' ')}; {weighed(diagnosis.candidates)}")
     say(f"  {diagnosis.sentence}")
     if diagnosis.owner:
         say(f"  the object to change: {diagnosis.owner}")

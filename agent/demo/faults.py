@@ -99,6 +99,10 @@ class Supervisor:
     async def info(self, program: str) -> dict[str, Any]:
         return dict(await self._call("getProcessInfo", program))
 
+    async def pid(self) -> int:
+        """Of the supervisor itself."""
+        return int(await self._call("getPID"))
+
     async def restart(self, program: str) -> None:
         if (await self.info(program))["statename"] in ("RUNNING", "STARTING"):
             await self._call("stopProcess", program)

@@ -16,8 +16,8 @@ Facts and their attributes (numbers are in base units; what may not be read is l
 | host.cpu | `host` | percent, iowait_percent, steal_percent, count, load1 |
 | host.memory | `host` | percent, total_bytes, available_bytes, swap_total_bytes, swap_used_bytes |
 | host.disk | `mount=/` | mount, device, fstype, percent, total_bytes, used_bytes, free_bytes, inodes_percent,
-services | | host.pressure | `cpu`, `memory`, `io` | some_avg10, some_avg60, some_avg300, full_avg10, ... (percent
-of time stalled) |
+services | | host.pressure | `cpu`, `memory`, `io` | resource, some_avg10, some_avg60, some_avg300, full_avg10, ...
+(percent of time stalled) |
 
 `status` is psutil's word (running, sleeping, disk-sleep, stopped, tracing-stop, zombie, dead, idle). A process belongs
 to a service if it or one of its ancestors listens on the service's port. `self` marks the agent, its ancestors and its
@@ -444,12 +444,12 @@ def _pressure_facts() -> list[Fact]:
             lines = (PROC / "pressure" / resource).read_text().splitlines()
         except OSError:  # absent, or present but switched off (EOPNOTSUPP)
             continue
-        attributes: Attributes = {}
+        attributes: Attributes = {"resource": resource}
         for line in lines:
             share, *pairs = line.split()
             for key, _, value in (pair.partition("=") for pair in pairs):
                 if key.startswith("avg"):
                     attributes[f"{share}_{key}"] = float(value)
-        if attributes:
+        if len(attributes) > 1:
             facts.append(Fact("host.pressure", resource, "", attributes))
     return facts

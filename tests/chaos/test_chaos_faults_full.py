@@ -21,6 +21,7 @@ FAULTS = (
     "names_failing",
     "certificate_expired",
     "payments_loss",
+    "cache_stampede",
 )
 DEGRADED_SECONDS, MENDED_SECONDS = 60.0, 120.0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from agent.chaos import certificates, releases
 from agent.chaos.certificates import Certificates
@@ -25,6 +26,7 @@ from agent.chaos.world import FAKETIME
 from agent.demo.children import free_ports
 from agent.demo.faults import InjectionError, Shop
 from agent.demo.shop import payments
+from agent.demo.shop.cache import Cache
 from agent.demo.shop.metrics import Callee, CallError, metrics_text
 from agent.demo.shop.resolver import Resolver
 from agent.demo.shop.weaknesses import Weaknesses
@@ -183,3 +185,44 @@ def test_an_audit_and_receipts_lock_each_other_for_good() -> None:
     assert not entered.wait(0.5)
     assert shop._ledger.locked()
     assert shop._prices.locked()
+
+
+async def test_while_a_cache_holds_nothing_everybody_computes() -> None:
+    computed, go = 0, asyncio.Event()
+
+    async def compute() -> str:
+        nonlocal computed
+        computed += 1
+        mine = computed
+        await go.wait()
+        return f"value {mine}"
+
+    cache = Cache("tested", compute)
+    asking = [asyncio.ensure_future(cache.get()) for _ in range(3)]
+    while computed < 3:
+        await asyncio.sleep(0)
+    go.set()
+    assert sorted(await asyncio.gather(*asking)) == ["value 1", "value 2", "value 3"]
+    assert (await cache.get(), computed) == ("value 3", 3)
+    assert 'cache_gets_total{cache="tested",result="miss"} 3.0' in metrics_text()
+    assert 'cache_gets_total{cache="tested",result="hit"} 1.0' in metrics_text()
+
+
+async def test_what_was_computed_before_an_invalidation_is_not_kept() -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def compute() -> int:
+        begun.set()
+        await go.wait()
+        return 1
+
+    cache = Cache("invalidated", compute)
+    asking = asyncio.ensure_future(cache.get())
+    await begun.wait()
+    begun.clear()
+    await cache.invalidate(make_mocked_request("DELETE", "/caches/invalidated"))
+    go.set()
+    assert await asking == 1
+    assert not begun.is_set()
+    assert await cache.get() == 1
+    assert begun.is_set()  # it was computed again

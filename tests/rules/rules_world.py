@@ -160,6 +160,8 @@ class Shop:
         self.series[sid("builds_seen", "orders")] = np.ones(self.times.shape[0])
         for metric in ("db_pool_used_ratio", "db_pool_waiting"):
             self.series[sid(metric, "orders")] = np.zeros(self.times.shape[0])
+        for metric, service, level in (("host_io_waiting_ratio", "node-1", 0.01), ("cache_miss_ratio", "orders", 0.0)):
+            self.series[sid(metric, service)] = np.full(self.times.shape[0], level)
 
     def _host_facts(self) -> None:
         self.facts = [
@@ -171,6 +173,7 @@ class Shop:
             process(901, name="alertmedic", cpu=20.0, self=True),
             *(listener(9100 + i, s, pid=100 + i) for i, s in enumerate(("front", "orders", "worker", "postgres"), 1)),
             Fact("host.cpu", "host", "", {"percent": 40.0, "count": 2, "load1": 0.9}),
+            Fact("host.pressure", "io", "", {"resource": "io", "some_avg10": 0.8}),
         ]
 
     def drop_facts(self, kind: str, service: str) -> None:
@@ -354,6 +357,33 @@ def bad_build(shop: Shop) -> None:
     shop.series[sid("builds_seen", "orders")][shop.after] = 2.0
 
 
+def slow_orders(shop: Shop) -> None:
+    shop.slow_front(2.4, 0.3)
+    shop.shift("http_latency_p95", "orders", 2.1)
+    shop.shift("http_latency_mean", "orders", 1.2)
+    shop.shift("http_client_latency_p95", "front", 2.2, server_address="orders")
+
+
+def disk_slow(shop: Shop) -> None:
+    """Receipts wait for a disk; so do the threads that sign, and less is computed."""
+    slow_orders(shop)
+    shop.shift("process_cpu_cores", "orders", 0.12)
+    shop.shift("host_io_waiting_ratio", "node-1", 0.97)
+    shop.drop_facts("host.pressure", "")
+    shop.facts.append(Fact("host.pressure", "io", "", {"resource": "io", "some_avg10": 55.0}))
+
+
+def cache_stampede(shop: Shop) -> None:
+    """Every checkout computes what one had computed for all: the database is at work, and everybody waits for it."""
+    slow_orders(shop)
+    shop.shift("cache_miss_ratio", "orders", 0.98)
+    shop.shift("db_client_latency_p95", "orders", 1.1, server_address="postgres")
+    shop.shift("db_client_operation_rate", "orders", 68.0, server_address="postgres")
+    shop.shift("pg_active_sessions", "postgres", 11.0)
+    shop.shift("host_cpu_busy_ratio", "node-1", 0.95)
+    shop.shift("host_cpu_busiest_core_ratio", "node-1", 1.0)
+
+
 def database_late(shop: Shop) -> None:
     """The network to the database delays: each connection is in use for longer, until none is free. Nothing leaks."""
     shop.slow_front(1.4, 0.1)
@@ -420,6 +450,8 @@ FAULTS: Mapping[str, tuple[FaultFn, str, str]] = {
     "database_late": (database_late, "postgres.network_delay", "postgres"),
     "database_unreachable": (database_unreachable, "postgres.unreachable", "postgres"),
     "connections_leaked": (connections_leaked, "program.connections_leaked", "orders"),
+    "disk_slow": (disk_slow, "host.io_stalled", "node-1"),
+    "cache_stampede": (cache_stampede, "program.cache_stampede", "orders"),
     "database_down": (database_down, "postgres.down", "postgres"),
 }
 

@@ -31,7 +31,14 @@ from rules.diagnose import diagnose
 from rules.model import Diagnosis, Situation, Topology
 from rules.packs import PackSet
 
-NO_PROPOSAL = {"payments_slow", "bad_build", "database_late", "database_unreachable"}
+NO_PROPOSAL = {
+    "payments_slow",
+    "bad_build",
+    "database_late",
+    "database_unreachable",
+    "disk_slow",
+    "cache_stampede",
+}
 
 
 def best(diagnosis: Diagnosis) -> tuple[str, str] | None:

@@ -66,6 +66,12 @@ SERIES: dict[str, str] = {
     'hikaricp_connections_active{service="u",pool="a"}': "5x40",
     'hikaricp_connections_max{service="u",pool="a"}': "10x40",
     'hikaricp_connections_pending{service="u",pool="a"}': "1x40",
+    'cache_gets_total{service="s",cache="a",result="hit"}': "0+3x40",
+    'cache_gets_total{service="s",cache="a",result="miss"}': "0+1x40",
+    'cache_gets_total{service="s",cache="b",result="hit"}': "0+9x40",
+    'cache_gets_total{service="t",cache="a",result="hit"}': "0+1x40",
+    'cache_hits_total{service="u"}': "0+4x40",
+    'cache_misses_total{service="u"}': "0+1x40",
     'log_messages_total{service="s",level="info"}': "0+2x40",
     'log_messages_total{service="s",level="debug"}': "0+5x40",
     'logback_events_total{service="u",level="warn"}': "0+3x40",
@@ -106,6 +112,7 @@ SERIES: dict[str, str] = {
     'node_cpu_seconds_total{service="s",cpu="0",mode="user"}': "0+0.1x40",
     'node_cpu_seconds_total{service="s",cpu="1",mode="idle"}': "0+0.1x40",
     'node_schedstat_waiting_seconds_total{service="s",cpu="0"}': "0+0.5x40",
+    'node_pressure_io_waiting_seconds_total{service="s"}': "0+0.4x40",
     'node_memory_MemAvailable_bytes{service="s"}': "25x40",
     'node_memory_MemTotal_bytes{service="s"}': "100x40",
     'node_vmstat_pswpin{service="s"}': "0+6x40",
@@ -141,6 +148,7 @@ EXPECTED: dict[str, dict[str, float]] = {
     "program_threads": {S: 7},
     "db_pool_used_ratio": {S: 0.75, '{service="u"}': 0.5},
     "db_pool_waiting": {S: 2, '{service="u"}': 1},
+    "cache_miss_ratio": {S: 0.25, '{service="t"}': 0, '{service="u"}': 0.2},
     "log_lines_per_request": {S: 0.7, '{service="u"}': 0.75},
     "log_lines_rate": {'{service="v"}': 8},
     "clock_offset_seconds": {S: 100, '{service="t"}': 0, '{service="u"}': 0.25},
@@ -169,6 +177,7 @@ EXPECTED: dict[str, dict[str, float]] = {
     "host_memory_available_ratio": {S: 0.25},
     "host_swap_in_pages": {S: 6},
     "host_disk_used_ratio": {'{service="s", mountpoint="/"}': 0.9},
+    "host_io_waiting_ratio": {S: 0.4},
 }
 
 

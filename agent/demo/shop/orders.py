@@ -1,8 +1,8 @@
 """The orders API: prices, places and reports orders, over PostgreSQL and the payment provider.
 
 Run as `python -m agent.demo.shop.orders --port N --database DSN --payments URL [--memory BYTES] [--cpu N]
-[--release DIR] [--ca FILE] [--resolver HOST:PORT] [--spool DIR]`. It does real work on its CPU for every request (each
-price list and each receipt is signed) in two threads, within a budget of memory.
+[--release DIR] [--ca FILE] [--resolver HOST:PORT] [--spool DIR] [--trends HOURS]`. It does real work on its CPU for
+every request (each price list and each receipt is signed) in two threads, within a budget of memory.
 
 Two of its weaknesses are those of real services: a sales report, once begun, keeps a page of every answer without a
 bound; and the flag `live_recommendations` makes every checkout wait for hundreds of small queries. More of them are in
@@ -27,6 +27,7 @@ import asyncpg
 from aiohttp import web
 from prometheus_client import Gauge
 
+from agent.demo.shop.cache import Cache
 from agent.demo.shop.metrics import (
     Callee,
     application,
@@ -54,13 +55,33 @@ FLAG = Gauge("feature_flag_enabled", "1 while the flag is on", ["flag"])
 QUEUE_LOOK = """
 SELECT count(*) AS depth, coalesce(extract(epoch FROM now() - min(queued_at)), 0)::float8 AS age
 FROM jobs WHERE state = 'queued'"""
+# What is in demand, by hours of the past: dear enough to be kept in a cache.
+TRENDS = """
+SELECT p.id, sum(hashtext(p.id::text || hour::text) & 7) AS looks
+FROM products p CROSS JOIN generate_series(1, $1::int) AS hour GROUP BY p.id"""
+
+
+def write_receipt(file: Path, receipt: str) -> None:
+    """Appends it, and returns when it is on the disk. Raises OSError."""
+    with file.open("a") as out:
+        out.write(receipt.ljust(RECEIPT_BYTES - 1)[: RECEIPT_BYTES - 1] + "\n")
+        out.flush()
+        os.fsync(out.fileno())
 
 
 class Orders:
     """The API's handlers and what they hold: connections, signing threads, flags and unfinished reports."""
 
-    def __init__(self, pool: asyncpg.Pool, payments: Callee, weaknesses: Weaknesses, spool: Path | None = None) -> None:
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        payments: Callee,
+        weaknesses: Weaknesses,
+        spool: Path | None = None,
+        trend_hours: int = 0,
+    ) -> None:
         self._pool, self._payments, self._weaknesses, self._spool = pool, payments, weaknesses, spool
+        self.trends = Cache("trends", lambda: self._fetch(TRENDS, trend_hours)) if trend_hours else None
         self._signers = ThreadPoolExecutor(2, thread_name_prefix="sign")
         self._flags = {"live_recommendations": False, "gift_wrapping": True}
         self._recommending = asyncio.Lock()
@@ -110,6 +131,8 @@ class Orders:
         cents = self._weaknesses.total(int(order["product"]), rows[0]["cents"])
         if self._flags["live_recommendations"]:
             await self._recommend()
+        if self.trends is not None:  # customers are told how many others look at it
+            await self.trends.get()
         signature = await self._sign(f"{order['product']}:{cents}", SIGNING_ROUNDS)
         await self._payments.call("POST", "/authorise", {"amount": cents, "signed_at": time.time()})
         placed = await self._fetch(
@@ -121,16 +144,16 @@ class Orders:
             signature,
             float(PROMISED_SECONDS),
         )
-        self._keep(f"{placed[0]['id']} {cents} {signature}\n")
+        await self._keep(f"{placed[0]['id']} {cents} {signature}\n")
         return self._render({"id": placed[0]["id"], "state": "placed"}, 201)
 
-    def _keep(self, receipt: str) -> None:
+    async def _keep(self, receipt: str) -> None:
         """Receipts have to be kept for years: without one on disk there is no order. Raises 503."""
         if self._spool is None:
             return
+        loop, file = asyncio.get_running_loop(), self._spool / "receipts"
         try:
-            with (self._spool / "receipts").open("a") as file:
-                file.write(receipt.ljust(RECEIPT_BYTES - 1)[: RECEIPT_BYTES - 1] + "\n")
+            await loop.run_in_executor(self._signers, write_receipt, file, receipt)
         except OSError as e:
             raise web.HTTPServiceUnavailable(text=f"receipt: {e.strerror}") from e
 
@@ -202,12 +225,14 @@ async def background(coroutine: Any) -> AsyncIterator[None]:
             await task
 
 
-async def serve(port: int, database: str, payments: Callee, release: Path | None, spool: Path | None) -> None:
+async def serve(
+    port: int, database: str, payments: Callee, release: Path | None, spool: Path | None, trend_hours: int
+) -> None:
     async with asyncpg.create_pool(
         database, min_size=4, max_size=12, command_timeout=DATABASE_TIMEOUT_SECONDS, timeout=2
     ) as pool:
         weaknesses = Weaknesses(pool, release)
-        orders, app = Orders(pool, payments, weaknesses, spool), application()
+        orders, app = Orders(pool, payments, weaknesses, spool, trend_hours), application()
         weaknesses.routes(app)
         app.router.add_get("/products", orders.products)
         app.router.add_post("/orders", orders.place)
@@ -216,6 +241,11 @@ async def serve(port: int, database: str, payments: Callee, release: Path | None
         app.router.add_get("/flags", orders.flags)
         app.router.add_get("/flags/{flag}", orders.flag)
         app.router.add_put("/flags/{flag}", orders.flag)
+        if orders.trends is not None:
+            app.router.add_get("/caches/trends", orders.trends.look)
+            app.router.add_delete("/caches/trends", orders.trends.invalidate)
+            with contextlib.suppress(web.HTTPServiceUnavailable):  # a warm cache before the first customer, if possible
+                await orders.trends.get()
         try:
             async with listening(app, port), background(watch_queue(database)):
                 await until_terminated()
@@ -234,6 +264,7 @@ def main() -> None:
     parser.add_argument("--ca", help="who vouches for the payment provider's certificate (PEM)")
     parser.add_argument("--resolver", help="HOST:PORT of the name server; without: the system's")
     parser.add_argument("--spool", type=Path, help="directory for receipts; without: none are kept")
+    parser.add_argument("--trends", type=int, default=0, help="hours of the past that trends look at; 0: no trends")
     args = parser.parse_args()
     if args.memory:
         limit_memory(args.memory)
@@ -242,7 +273,7 @@ def main() -> None:
     tls = ssl.create_default_context(cafile=args.ca) if args.ca else None
     resolver = Resolver(args.resolver) if args.resolver else None
     payments = Callee("payments", args.payments, PAYMENTS_TIMEOUT_SECONDS, tls, resolver)
-    asyncio.run(serve(args.port, args.database, payments, args.release, args.spool))
+    asyncio.run(serve(args.port, args.database, payments, args.release, args.spool, args.trends))
 
 
 if __name__ == "__main__":
