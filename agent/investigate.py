@@ -202,9 +202,12 @@ class Investigation:
 
     def _weak(self, diagnosis: Diagnosis) -> bool:
         """Whether a better explanation may still show: the best cause only says where the trouble is (it is of a pack
-        that is asked where no other explains anything), or stands less clear than would be acted upon."""
+        that is asked where no other explains anything, or says what is seen and not why), or stands less clear than
+        would be acted upon."""
         best, guard = diagnosis.best, self.config.guard
         if best is None or best.cause in self.packs.fallback_causes:
+            return True
+        if best.cause in self.packs.causes and self.packs.causes[best.cause].generic:
             return True
         return best.posterior < guard.min_posterior or diagnosis.margin < guard.min_margin
 

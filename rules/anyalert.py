@@ -25,6 +25,7 @@ from rules.expression import (
     ExpressionError,
     difference,
     division_of,
+    has_alternatives,
     innermost,
     is_absence,
     rendered,
@@ -93,7 +94,8 @@ def _of_expression(expression: Expression, more: str) -> dict[str, str]:
         found["alert_value"] = difference(comparison.node, more)
     else:
         found["alert_value_high" if high else "alert_value_low" if low else "alert_value"] = left
-    if comparison.threshold and comparison.threshold > 0 and comparison.op not in ("==", "!="):
+    one = not has_alternatives(expression.tree)
+    if one and comparison.threshold and comparison.threshold > 0 and comparison.op not in ("==", "!="):
         found["alert_used_high" if high else "alert_used_low"] = f"({left}) / {comparison.threshold!r}"
     ratio = division_of(comparison.left)
     if ratio is not None:

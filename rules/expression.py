@@ -186,6 +186,19 @@ def is_absence(tree: Any) -> bool:
     return any(_kind(n) == "Call" and n.func.name in ("absent", "absent_over_time") for n in walk(tree))
 
 
+def has_alternatives(tree: Any) -> bool:
+    """Whether it is one comparison or another (`a > 1 or b > 2`): then what one of them says of its threshold says
+    nothing of why the alert fires."""
+    kind = _kind(tree)
+    if kind in ("ParenExpr", "AggregateExpr"):
+        return has_alternatives(tree.expr)
+    if kind != "BinaryExpr" or _operator(tree) != "or":
+        return False
+    return all(
+        any(_kind(n) == "BinaryExpr" and _operator(n) in COMPARISONS for n in walk(s)) for s in (tree.lhs, tree.rhs)
+    )
+
+
 def quoted(text: str) -> str:
     """A double-quoted PromQL string, with nothing in it that a query template would look at."""
     out = []

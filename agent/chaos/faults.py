@@ -38,6 +38,7 @@ from agent.demo.children import set_session_priority
 from agent.demo.faults import Crash, InjectionError, Make, Shop, Stuck, Supervisor, put
 
 SPARE_DESCRIPTORS = 2
+LOOKS = 20
 
 
 @dataclass
@@ -110,7 +111,11 @@ class Descriptors:
             raise InjectionError(f"descriptors: {self.program} is {info['statename']}")
         self._process = psutil.Process(info["pid"])
         self._usual = self._process.rlimit(resource.RLIMIT_NOFILE)
-        few = self._process.num_fds() + SPARE_DESCRIPTORS
+        open_at_rest = self._process.num_fds()
+        for _ in range(LOOKS):  # between two requests: those under way have files open, too
+            await asyncio.sleep(0.05)
+            open_at_rest = min(open_at_rest, self._process.num_fds())
+        few = open_at_rest + SPARE_DESCRIPTORS
         self._process.rlimit(resource.RLIMIT_NOFILE, (few, self._usual[1]))
         return time.time()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ class Follower:
     known: frozenset[str]
     began: float = 0.0
     last_event: float = 0.0
+    ended: float = math.inf  # what is put right afterwards is no part of the run
     alerts: dict[str, float] = field(default_factory=dict)
     acknowledged: float | None = None
     diagnosed: float | None = None
@@ -122,7 +124,8 @@ class Follower:
 
     def run(self, seconds: float) -> Run:
         """All of it as one record."""
-        scenario, probes = self.job.scenario, self.world.probe.since(self.began)
+        scenario = self.job.scenario
+        probes = [probe for probe in self.world.probe.since(self.began) if probe.at <= self.ended]
         touched = [t for i in self.incidents for t in _touched(i)]
         done = [(what, where) for at, what, where in self.doings.done if at >= self.began and what != "approval"]
         acted_at = min(
@@ -223,6 +226,7 @@ async def follow(world: Workload, job: Job, doings: Doings) -> Run:
         if follower.killed is None:
             killing.cancel()  # begun, it goes on until the agent is back: the next run needs one
         _, ended = await asyncio.gather(timeline, killing, return_exceptions=True)
+        follower.ended = time.time()
         await _clear(world, injected)
     if isinstance(ended, Exception):
         raise ended

@@ -149,6 +149,22 @@ def test_what_is_asked_is_promql_whatever_the_labels(rule: object, labels: dict[
     assert len({q.name for q in asked}) == len(asked) <= 24
 
 
+@pytest.mark.parametrize(
+    ("text", "one"),
+    [
+        ("a > 5", True),
+        ("a > 5 or vector(0)", True),
+        ("sum(a) > 5 and b > 1", True),
+        ("(a > 5) or (b / c > 0.1)", False),
+        ("max by (x) ((a > 5) or b > 1)", False),
+    ],
+)
+def test_of_alternatives_no_threshold_is_asked(text: str, one: bool) -> None:
+    """That one of two comparisons is far from its threshold says nothing of why the other one holds."""
+    asked = {q.name for q in questions({}, read(text), ())}
+    assert ("alert_used_high" in asked) is one
+
+
 @given(st.text(max_size=60) | st.sampled_from(["sum(", "a{b=~`", "((((", "a[5m", 'x{y="$scope"} > 1', "up > $x"]))
 def test_any_text_is_an_expression_or_a_reason(text: str) -> None:
     try:

@@ -273,6 +273,7 @@ WITHOUT_REMEDY = {
     "less likely than would be acted upon": ("postgres.slow", 0.55, 0.05, True),
     "the next is close": ("postgres.slow", 0.61, 0.45, True),
     "only says where": ("alert.one_part", 0.95, 0.01, True),
+    "says what is seen, not why": ("service.fails_requests", 0.95, 0.01, True),
 }
 
 
