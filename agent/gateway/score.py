@@ -84,7 +84,8 @@ def sound(diagnosis: Diagnosis) -> str:
         return "a posterior or confidence is no number from 0 to 1"
     if math.fsum(posteriors) > 1 + 1e-6:
         return f"posteriors sum to {math.fsum(posteriors):.3f}"
-    if posteriors != sorted(posteriors, reverse=True) and diagnosis.clear:
+    # The first is the likeliest; those after it stand by what else speaks for their service.
+    if diagnosis.clear and posteriors and posteriors[0] < max(posteriors):
         return "hypotheses are not in order"
     if diagnosis.verdict == "ranked" and not diagnosis.hypotheses:
         return "ranked, without a hypothesis"

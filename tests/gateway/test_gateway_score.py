@@ -105,6 +105,8 @@ def test_two_that_find_nothing_agree() -> None:
 def test_nonsense_is_seen(wrong: Diagnosis, why: str) -> None:
     assert why in sound(wrong)
     assert sound(ONE) == ""
+    # Those after the first stand by their service.
+    assert sound(diagnosis(hypothesis("a", "s", 0.9), hypothesis("b", "t", 0.01), hypothesis("c", "u", 0.05))) == ""
 
 
 @pytest.mark.parametrize(
