@@ -44,11 +44,15 @@ async def unmount(at: Path) -> None:
 def fill(file: Path, most: int | None = None) -> int:
     """Writes the file until it has `most` bytes or the disk is full, to the last byte; how many were written. Raises
     OSError for everything but a full disk."""
-    written, piece = 0, PIECE_BYTES
+    written, piece, settled = 0, PIECE_BYTES, False
     with file.open("ab", buffering=0) as out:
-        while piece and (most is None or written < most):
+        while (piece or not settled) and (most is None or written < most):
             try:
+                if not piece:  # blocks that were only reserved may come free once all is on the disk
+                    piece, settled = PIECE_BYTES, True
+                    os.fsync(out.fileno())
                 written += out.write(b"\0" * piece)
+                settled = False
             except OSError as e:
                 if e.errno != errno.ENOSPC:
                     raise
