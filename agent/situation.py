@@ -8,7 +8,6 @@ decides: what could not be had is in the evidence as `missing`.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,13 +136,13 @@ class Situations:
         window = self.config.prometheus.window_seconds
         most = max(window, min(LONGEST * window, MOST_STEPS * self.config.prometheus.step_seconds))
         start, least = onset - window, onset - most
+        quiet = self._quiet(incident, state, least, onset)
         while start > least:
-            lacking = window / 2.0 - (onset - start - _covered(self._quiet(incident, state, start, onset)))
+            lacking = window / 2.0 - _free(quiet, start, onset)
             if lacking <= 0.0:
                 return start
             start = max(start - max(lacking, window / 10.0), least)
-        free = onset - start - _covered(self._quiet(incident, state, start, onset))
-        return start if free > window / 10.0 else onset - window
+        return start if _free(quiet, start, onset) > window / 10.0 else onset - window
 
     async def around(self, alerts: Sequence[Alert], tenant: str = "") -> Situation:
         """What `of` gives for an incident of these alerts that nothing else is known of."""
@@ -313,13 +312,13 @@ class Situations:
         return found
 
 
-def _covered(windows: Iterable[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one of the windows."""
-    covered, reached = 0.0, -math.inf
+def _free(windows: Iterable[tuple[float, float]], first: float, last: float) -> float:
+    """Seconds of [first, last] that lie in none of the windows."""
+    free, reached = 0.0, first
     for begin, end in sorted(windows):
-        covered += max(0.0, end - max(begin, reached))
+        free += max(0.0, min(begin, last) - reached)
         reached = max(reached, end)
-    return covered
+    return free + max(0.0, last - reached)
 
 
 def _said(answer: Answer[Topology]) -> str:

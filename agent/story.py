@@ -84,6 +84,7 @@ def span(seconds: float) -> str:
 
 
 def weighed(candidates: int) -> str:
+    """`3 candidates were weighed`, for the story and for `alertmedic diagnose`."""
     return "1 candidate was weighed" if candidates == 1 else f"{candidates} candidates were weighed"
 
 

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from agent.chaos.throttle import Throttle, obstacle
 from agent.demo.faults import InjectionError, Shop, Supervisor, put
 
@@ -91,7 +93,10 @@ class SlowDisk(_Passing):
             if why:
                 raise InjectionError(f"disk_slow: {why}")
             leader = await Supervisor(self.shop.supervisor).pid()
-            self._throttle = Throttle.of(Path(self.shop.spool), leader, int(self.writes))
+            try:
+                self._throttle = Throttle.of(Path(self.shop.spool), leader, int(self.writes))
+            except (OSError, psutil.Error) as error:
+                raise InjectionError(f"disk_slow: the writes of {leader} are not bounded: {error}") from error
         elif self._throttle is not None:
             self._throttle.end()
             self._throttle = None

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 PREFIX = "alertmedic-chaos-"
+ROUNDS = 100  # of moving out who is in it: what is there may start more meanwhile
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Throttle:
         remove_abandoned(where.root)
         cgroup = where.root / f"{PREFIX}{uuid.uuid4().hex[:8]}"
         cgroup.mkdir()
-        homes: dict[int, Path] = {}
-        throttle = cls(cgroup, homes)
-        try:
+        throttle = cls(cgroup, {})
+        with contextlib.ExitStack() as undo:
+            undo.callback(throttle.end)
             device = place.stat().st_dev
             line = where.line.format(device=f"{os.major(device)}:{os.minor(device)}", writes=writes)
             (cgroup / where.bound).write_text(line)
@@ -81,9 +82,7 @@ class Throttle:
             throttle._move(leader, where)  # first: what it starts from now on is bound, too
             for child in process.children(recursive=True):
                 throttle._move(child.pid, where)
-        except BaseException:
-            throttle.end()
-            raise
+            undo.pop_all()
         return throttle
 
     def _move(self, pid: int, where: Hierarchy) -> None:
@@ -95,11 +94,14 @@ class Throttle:
         """Everybody goes back to where it was (what was started meanwhile, to where its leader was); the cgroup is
         removed. Raises OSError."""
         leader = next(iter(self.homes.values()), self.cgroup.parent)
-        while pids := [int(line) for line in (self.cgroup / "cgroup.procs").read_text().split()]:
+        for _ in range(ROUNDS):
+            pids = [int(line) for line in (self.cgroup / "cgroup.procs").read_text().split()]
+            if not pids:
+                break
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     (self.homes.get(pid, leader) / "cgroup.procs").write_text(str(pid))
-        self.cgroup.rmdir()
+        self.cgroup.rmdir()  # refused while somebody is in it
 
 
 def _path_of(pid: int, where: Hierarchy) -> str:

@@ -44,6 +44,7 @@ NODE_COLLECTORS = (
     "loadavg",
     "meminfo",
     "filesystem",
+    "pressure",
     "diskstats",
     "netdev",
     "stat",

@@ -1,12 +1,21 @@
-"""By which ranking a run is judged: stories made by hand, as the agent's API tells them look by look."""
+"""By which ranking a run is judged (stories made by hand, as the agent's API tells them look by look), and what of the
+shop belongs to it."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from agent.chaos.follow import Rankings
+from agent.chaos import follow as following
+from agent.chaos.arms import Doings
+from agent.chaos.faults import known
+from agent.chaos.follow import Job, Rankings, follow
+from agent.chaos.scenario import load_scenarios
+from agent.chaos.world import HARNESS_FAULTS
+from agent.demo.probe import Checkout, Probe
 
 LOCK, SLOW, LEAK = "postgres.blocking_session@postgres", "service.adds_latency@postgres", "process.memory_leak@orders"
 
@@ -103,3 +112,35 @@ def test_a_run_is_judged_by_the_ranking_that_its_first_action_rests_on(name: str
     for look in looks:
         rankings.see(look)
     assert [f"{cause}@{service}" for cause, service in rankings.judged(looks[-1])] == right
+
+
+class Mending:
+    """A shop that is fine until it is put right again, which takes a restart."""
+
+    def __init__(self) -> None:
+        self.probe, self.browse = Probe("http://127.0.0.1:9/"), Probe("http://127.0.0.1:9/")
+
+    def check(self) -> None: ...
+    async def quiet(self, seconds: float, patience: float) -> None: ...
+    async def kill_agent(self) -> None: ...
+
+    async def alerts(self) -> dict[str, float]:
+        return {}
+
+    async def agent_incidents(self) -> list[dict[str, Any]]:
+        return []
+
+    async def inject(self, fault: str, settings: Mapping[str, float]) -> float:
+        return time.time()
+
+    async def clear(self, fault: str) -> None:
+        self.probe._seen += [Checkout(time.time() + 0.01 * n, 0.75, False) for n in (1, 2, 3)]
+
+
+async def test_what_is_put_right_after_a_run_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "CONTROL_SECONDS", 0.0)
+    scenario = load_scenarios(None, known() | HARNESS_FAULTS)["control_good_deploy"]
+    shop = Mending()
+    run = await follow(shop, Job(scenario, "nothing", 1, 1), Doings())
+    assert len(shop.probe.since(run.at)) == 3
+    assert (run.degraded, run.void) == (None, "")

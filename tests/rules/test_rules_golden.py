@@ -28,7 +28,7 @@ from rules_world import (
 )
 
 from rules.diagnose import diagnose
-from rules.model import Diagnosis, Situation, Topology
+from rules.model import Diagnosis, Fact, Situation, Topology
 from rules.packs import PackSet
 
 NO_PROPOSAL = {
@@ -198,6 +198,17 @@ def test_without_facts_of_the_host(packs: PackSet, fault: str) -> None:
 
 
 class TestNearMisses:
+    def test_disks_that_are_always_busy_are_not_blamed(self, packs: PackSet) -> None:
+        """The pressure as it is now is high, as it was all day; something else made orders slow."""
+        shop = Shop()
+        FAULTS["cache_stampede"][0](shop)
+        shop.series[sid("host_io_waiting_ratio", "node-1")][:] = 0.6
+        shop.drop_facts("host.pressure", "")
+        shop.facts.append(Fact("host.pressure", "io", "", {"resource": "io", "some_avg10": 61.0, "some_avg300": 60.0}))
+        diagnosis = diagnose(shop.situation(), packs)
+        assert best(diagnosis) == ("program.cache_stampede", "orders")
+        assert all(h.cause != "host.io_stalled" for h in diagnosis.hypotheses)
+
     def test_a_busy_build_that_was_always_there_is_not_blamed_for_a_locked_database(self, packs: PackSet) -> None:
         shop = Shop()
         blocking_session(shop)
