@@ -162,6 +162,8 @@ class Shop:
             self.series[sid(metric, "orders")] = np.zeros(self.times.shape[0])
         for metric, service, level in (("host_io_waiting_ratio", "node-1", 0.01), ("cache_miss_ratio", "orders", 0.0)):
             self.series[sid(metric, service)] = np.full(self.times.shape[0], level)
+        for metric, level in (("db_client_latency_p95", 0.005), ("db_client_error_ratio", 0.0)):
+            self.series[sid(metric, "worker", server_address="postgres")] = np.full(self.times.shape[0], level)
 
     def _host_facts(self) -> None:
         self.facts = [
@@ -253,8 +255,9 @@ def blocking_session(shop: Shop) -> None:
 def blocked_without_completions(shop: Shop) -> None:
     """The same, but no operation and no checkout ends at all: histograms have no new samples."""
     blocking_session(shop)
-    shop.series[sid("db_client_latency_p95", "orders", server_address="postgres")][shop.after] = np.nan
-    shop.series[sid("db_client_error_ratio", "orders", server_address="postgres")][shop.after] = np.nan
+    for metric in ("db_client_latency_p95", "db_client_error_ratio"):
+        for client in ("orders", "worker"):
+            shop.series[sid(metric, client, server_address="postgres")][shop.after] = np.nan
     shop.series[sid("http_latency_p95", "orders")][shop.after] = np.nan
     shop.shift("db_client_operation_rate", "orders", 0.0, server_address="postgres")
     shop.shift("http_request_rate", "orders", 3.0)
@@ -395,6 +398,25 @@ def database_late(shop: Shop) -> None:
     shop.series[sid("db_pool_waiting", "orders")][shop.after] = 22.0
 
 
+def database_later(shop: Shop) -> None:
+    """The same, seconds later: who waits for a connection gives up; the other client is still answered, late."""
+    shop.slow_front(2.9, 0.6)
+    shop.shift("http_latency_p95", "orders", 2.9)
+    shop.shift("http_latency_mean", "orders", 2.0)
+    shop.shift("http_error_ratio", "orders", 0.5)
+    shop.shift("http_client_latency_p95", "front", 2.9, server_address="orders")
+    shop.shift("http_client_error_ratio", "front", 0.5, server_address="orders")
+    shop.shift("db_client_error_ratio", "orders", 0.6, server_address="postgres")
+    shop.shift("db_client_latency_p95", "orders", 2.4, server_address="postgres")
+    shop.shift("db_client_operation_rate", "orders", 28.0, server_address="postgres")
+    shop.shift("db_client_latency_p95", "worker", 0.9, server_address="postgres")
+    shop.shift("process_cpu_cores", "orders", 0.1)
+    shop.shift("host_cpu_busy_ratio", "node-1", 0.2)
+    shop.shift("worker_jobs_rate", "worker", 1.0)
+    shop.series[sid("db_pool_used_ratio", "orders")][shop.after] = 1.0
+    shop.series[sid("db_pool_waiting", "orders")][shop.after] = 57.0
+
+
 def database_unreachable(shop: Shop) -> None:
     """Nothing passes to the database, which is up and idle; its client's calls time out, and it calls nobody else."""
     shop.slow_front(3.0, 0.9)
@@ -405,6 +427,8 @@ def database_unreachable(shop: Shop) -> None:
     shop.shift("http_client_error_ratio", "front", 0.8, server_address="orders")
     shop.shift("db_client_error_ratio", "orders", 1.0, server_address="postgres")
     shop.shift("db_client_latency_p95", "orders", 2.4, server_address="postgres")
+    shop.shift("db_client_error_ratio", "worker", 1.0, server_address="postgres")
+    shop.shift("db_client_latency_p95", "worker", 2.4, server_address="postgres")
     shop.shift("db_client_operation_rate", "orders", 4.0, server_address="postgres")
     shop.shift("process_cpu_cores", "orders", 0.04)
     shop.shift("worker_jobs_rate", "worker", 0.1)
@@ -423,7 +447,8 @@ def connections_leaked(shop: Shop) -> None:
 def database_down(shop: Shop) -> None:
     shop.slow_front(0.1, 0.95)
     shop.shift("http_error_ratio", "orders", 0.95)
-    shop.shift("db_client_error_ratio", "orders", 1.0, server_address="postgres")
+    for client in ("orders", "worker"):
+        shop.shift("db_client_error_ratio", client, 1.0, server_address="postgres")
     shop.silence("postgres", keep=("pg_up",))
     shop.series[sid("pg_up", "postgres")][shop.after] = 0.0
     shop.drop_facts("host.process", "postgres")
@@ -448,6 +473,7 @@ FAULTS: Mapping[str, tuple[FaultFn, str, str]] = {
     "disk_full": (disk_full, "host.disk_full", "node-1"),
     "bad_build": (bad_build, "service.bad_release", "orders"),
     "database_late": (database_late, "postgres.network_delay", "postgres"),
+    "database_later": (database_later, "postgres.network_delay", "postgres"),
     "database_unreachable": (database_unreachable, "postgres.unreachable", "postgres"),
     "connections_leaked": (connections_leaked, "program.connections_leaked", "orders"),
     "disk_slow": (disk_slow, "host.io_stalled", "node-1"),

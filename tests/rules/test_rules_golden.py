@@ -35,6 +35,7 @@ NO_PROPOSAL = {
     "payments_slow",
     "bad_build",
     "database_late",
+    "database_later",
     "database_unreachable",
     "disk_slow",
     "cache_stampede",
