@@ -164,6 +164,9 @@ class Shop:
             self.series[sid(metric, service)] = np.full(self.times.shape[0], level)
         for metric, level in (("db_client_latency_p95", 0.005), ("db_client_error_ratio", 0.0)):
             self.series[sid(metric, "worker", server_address="postgres")] = np.full(self.times.shape[0], level)
+        self.series[sid("call_connection_error_ratio", "orders", server_address="payments")] = np.zeros(
+            self.times.shape[0]
+        )
 
     def _host_facts(self) -> None:
         self.facts = [
@@ -300,6 +303,14 @@ def payments_slow(shop: Shop) -> None:
     shop.shift("http_latency_p95", "orders", 1.7)
     shop.shift("http_client_latency_p95", "front", 1.7, server_address="orders")
     shop.shift("http_client_latency_p95", "orders", 1.65, server_address="payments")
+
+
+def payments_failing(shop: Shop) -> None:
+    """The payment provider answers most calls with errors, as fast as ever."""
+    shop.shift("http_error_ratio", "front", 0.4)
+    shop.shift("http_error_ratio", "orders", 0.45)
+    shop.shift("http_client_error_ratio", "front", 0.45, server_address="orders")
+    shop.shift("http_client_error_ratio", "orders", 0.8, server_address="payments")
 
 
 def bad_flag(shop: Shop) -> None:
@@ -467,6 +478,7 @@ FAULTS: Mapping[str, tuple[FaultFn, str, str]] = {
     "worker_stopped": (worker_stopped, "process.stuck", "worker"),
     "worker_deadlocked": (worker_deadlocked, "process.stuck", "worker"),
     "payments_slow": (payments_slow, "http.dependency_slow", "payments"),
+    "payments_failing": (payments_failing, "http.dependency_failing", "payments"),
     "bad_flag": (bad_flag, "http.bad_flag", "orders"),
     "pool_exhausted": (pool_exhausted, "worker.pool_exhausted", "worker"),
     "orders_busy": (orders_busy, "process.cpu_saturation", "orders"),

@@ -33,6 +33,7 @@ from rules.packs import PackSet
 
 NO_PROPOSAL = {
     "payments_slow",
+    "payments_failing",
     "bad_build",
     "database_late",
     "database_later",
