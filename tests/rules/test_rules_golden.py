@@ -211,6 +211,24 @@ class TestNearMisses:
         assert best(diagnosis) == ("program.cache_stampede", "orders")
         assert all(h.cause != "host.io_stalled" for h in diagnosis.hypotheses)
 
+    def test_who_waits_for_a_slow_dependency_is_not_deadlocked(self, packs: PackSet) -> None:
+        """It makes fewer calls and computes less, as one whose threads wait for each other; but its calls come back."""
+        shop = Shop()
+        FAULTS["payments_slow"][0](shop)
+        shop.series[sid("call_rate", "orders", server_address="payments")] = np.where(shop.after, 0.2, 10.0)
+        shop.shift("process_cpu_cores", "orders", 0.02)
+        diagnosis = diagnose(shop.situation(), packs)
+        assert best(diagnosis) == ("http.dependency_slow", "payments")
+        assert all(h.cause != "program.deadlocked" for h in diagnosis.hypotheses if h.service == "orders")
+
+    def test_who_refuses_calls_for_a_wrong_clock_does_not_fail(self, packs: PackSet) -> None:
+        shop = Shop()
+        FAULTS["payments_failing"][0](shop)
+        shop.series[sid("clock_offset_seconds", "orders")] = np.where(shop.after, 600.0, 0.01)
+        diagnosis = diagnose(shop.situation(), packs)
+        assert best(diagnosis) == ("program.clock_skew", "orders")
+        assert all(h.cause != "http.dependency_failing" for h in diagnosis.hypotheses)
+
     def test_a_busy_build_that_was_always_there_is_not_blamed_for_a_locked_database(self, packs: PackSet) -> None:
         shop = Shop()
         blocking_session(shop)
