@@ -105,6 +105,7 @@ def records_of(
                     "peer": f.peer,
                     "state": f.state,
                     "direction": f.direction,
+                    "harm": f.harm,
                 }
             )
     for caller, callees in graph.callees.items():

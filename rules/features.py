@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ CROSSED = 2.0  # scales by which a saturation must have moved to its limit
 COLLAPSE = 0.1  # a rate at a tenth of its baseline has stopped
 MIN_BASELINE = 3  # fewer normal samples are no baseline
 TAIL_FROM = 200  # so many normal samples tell what one in twenty is like: nothing smaller, held, is a change
+HARM_AT_ONCE = 10.0  # seconds, and two samples: what fails only after that was well since the change
 GUARD_FROM = 12  # so many normal samples before the last sixth is given up
 _STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # kinds whose absence means none
 _UP, _DOWN = 1.0, -1.0
@@ -65,6 +67,7 @@ class Finding:
     seasonal: bool = False  # the baseline is what is usual at this time of the day or week
     slope: float = 0.0  # of a trend that is sustained: per second (see `rules.trends`)
     left: float = math.nan  # of a trend: seconds until its limit, NaN: it does not go there, or nobody knows the limit
+    harm: Literal["", "later"] = ""  # later: its service was well for some time after this had changed
 
     @property
     def bad(self) -> bool:
@@ -130,7 +133,9 @@ def findings_of(situation: Situation, packs: PackSet) -> tuple[Finding, ...]:
                 found[series] = finding_of(series, signal, features, i, _node(series, signal, situation.entry, about))
     found.update((f.series, f) for f in trend_findings([f for f, _, _ in measured], found, situation, packs))
     deaf = {f.service for f in found.values() if packs.signals[f.signal].kind == "up" and _unreachable(f)}
-    return tuple(_heard(found[s], packs, deaf) for s in sorted(found, key=lambda s: (s.metric, s.labels)))
+    heard = tuple(_heard(found[s], packs, deaf) for s in sorted(found, key=lambda s: (s.metric, s.labels)))
+    spacing = max((float(np.median(np.diff(f.times))) for f, _, _ in measured if f.times.shape[0] > 1), default=0.0)
+    return _with_harm(heard, packs, HARM_AT_ONCE + 2 * spacing)
 
 
 def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
@@ -417,6 +422,19 @@ def _heard(finding: Finding, packs: PackSet, deaf: set[str]) -> Finding:
         return finding
     counts = None if signal.silent == "missing" or finding.service in deaf else signal.silent
     return replace(finding, state=counts, direction="silent")
+
+
+def _with_harm(findings: tuple[Finding, ...], packs: PackSet, at_once: float) -> tuple[Finding, ...]:
+    """Tells of each change whether its service's own symptoms began only some time after it, more than `at_once`
+    seconds. Where one began no one knows when, or before the change, nobody can say."""
+    begun: dict[str, float] = {}
+    for finding in findings:
+        if finding.state == "strong" and packs.groups[finding.group].symptom:
+            # NaN stays NaN: min() of Python would lose it.
+            begun[finding.service] = float(np.minimum(begun.get(finding.service, np.inf), finding.onset))
+    return tuple(
+        replace(f, harm="later") if f.bad and begun.get(f.service, np.nan) - f.onset > at_once else f for f in findings
+    )
 
 
 def host_name(address: str) -> str:

@@ -227,9 +227,9 @@ class AlertEntry(_Strict, frozen=True, kw_only=True):
 
 class Pattern(_Strict, frozen=True, kw_only=True):
     """One condition of a rule. `where` maps a field to a constant, a list (any of), a comparison, or a variable `$x`;
-    equal variables join. Fields: finding(signal, group, service, peer, state, direction), edge(caller, callee),
+    equal variables join. Fields: finding(signal, group, service, peer, state, direction, harm), edge(caller, callee),
     node(service, kind, local: it is this machine), fact(kind, subject, service, attributes...). `state: bad` is strong
-    or weak."""
+    or weak; `harm` is `later` where the service failed or was late only some time after this changed, else empty."""
 
     match: Literal["finding", "edge", "node", "fact"]
     where: dict[str, Condition]
@@ -513,7 +513,7 @@ def _check_cause(cause: Cause, path: tuple[str | int, ...], faults: list[Fault])
 
 
 _FIELDS = {
-    "finding": {"signal", "group", "service", "peer", "state", "direction"},
+    "finding": {"signal", "group", "service", "peer", "state", "direction", "harm"},
     "edge": {"caller", "callee"},
     "node": {"service", "kind", "local"},
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rules_world import ONSET, golden
+from rules_world import FAULTS, ONSET, Shop, golden, sid
 
 from agent.sources.recorded import read_recording, write_recording
 from rules.diagnose import diagnose, observe
@@ -111,3 +111,46 @@ def test_they_come_out_of_changes_json(packs: PackSet, tmp_path: Path) -> None:
     first = diagnose(read_recording(tmp_path), packs).hypotheses[0]
     assert (first.service, first.fault) == ("orders", "release")
     assert "1.4.2" in first.sentence
+
+
+def released(fault: str, before: float, seed: int = 1) -> Situation:
+    """A fault of the shop, `before` seconds after another build of orders began to run."""
+    shop = Shop(seed=seed)
+    FAULTS[fault][0](shop)
+    shop.series[sid("builds_seen", "orders")][shop.times >= shop.strike - before] = 2.0
+    return shop.situation()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"bad_build"}))
+def test_a_build_that_did_well_at_first_is_not_blamed_for_what_has_its_own_evidence(
+    packs: PackSet, fault: str, seed: int
+) -> None:
+    first = diagnose(released(fault, before=20.0, seed=seed), packs).hypotheses[0]
+    assert (first.cause, first.service) == FAULTS[fault][1:]
+
+
+@pytest.mark.parametrize("before", [0.0, 5.0, 9.0])
+def test_a_build_is_blamed_for_what_fails_with_it(packs: PackSet, before: float) -> None:
+    diagnosis = diagnose(released("bad_build", before), packs)
+    assert diagnosis.best is not None
+    assert (diagnosis.best.cause, diagnosis.best.service) == ("service.bad_release", "orders")
+
+
+@pytest.mark.parametrize(
+    ("before", "lasting", "harm"),
+    [(20.0, True, "later"), (5.0, True, ""), (0.0, True, ""), (-3.0, True, ""), (20.0, False, "")],
+)
+def test_harm_that_came_later_is_told_only_where_both_beginnings_are_known(
+    packs: PackSet, before: float, lasting: bool, harm: str
+) -> None:
+    """Failures that go to and fro have no beginning from which on they last: then nothing is said."""
+    shop = Shop()
+    FAULTS["bad_build"][0](shop)
+    shop.series[sid("builds_seen", "orders")][:] = np.where(shop.times >= shop.strike - before, 2.0, 1.0)
+    if not lasting:
+        for service in ("front", "orders"):
+            row = shop.series[sid("http_error_ratio", service)]
+            row[shop.after] = np.where(np.arange(int(shop.after.sum())) % 3 == 0, 0.0, row[shop.after])
+    (finding,) = [f for f in observe(shop.situation(), packs).findings if f.signal == "builds_seen" and f.bad]
+    assert finding.harm == harm
