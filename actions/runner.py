@@ -373,8 +373,8 @@ class Runner:
         failpoint("runner_after_intent")
         result = await self._effect(book.plan, step, step.argv, leaf)
         failpoint("runner_after_run")
-        if result is None:
-            await self._lost(book, i)
+        if isinstance(result, str):
+            await self._lost(book, i, result)
             await self._settle(book, i)
             return
         failpoint("runner_before_result")
@@ -384,8 +384,8 @@ class Runner:
             book.reason = f"{step.action} on {step.target} failed: {describe(result)}"
             await self._conclude(book, i, ok=None if _nothing_done(result) else False)
 
-    async def _effect(self, plan: Plan, step: Step, argv: tuple[str, ...], leaf: str) -> RunResult | None:
-        """The run's result; None when the sandbox itself failed, so that nobody knows whether it happened."""
+    async def _effect(self, plan: Plan, step: Step, argv: tuple[str, ...], leaf: str) -> RunResult | str:
+        """The run's result; how the sandbox itself failed, when nobody knows whether it happened."""
         secrets = {n: self._settings.secrets[n] for n in step.environment if n in self._settings.secrets}
         by_descriptor = {n: value for n, value in secrets.items() if n in step.descriptors}
         by_name = {n: value for n, value in secrets.items() if n not in step.descriptors}
@@ -407,8 +407,8 @@ class Runner:
                 )
         except SandboxUnavailable as error:
             return RunResult(exit_code=None, error=str(error))
-        except Exception:  # noqa: BLE001 - whatever it was: `check` will tell
-            return None
+        except Exception as error:  # noqa: BLE001 - said in the move; `check` will tell what came of it
+            return f"{type(error).__name__}: {error}"[:300]
 
     async def _snapshot(self, plan: Plan, i: int) -> tuple[str, str]:
         """(file name, remark). A snapshot that fails does not stop the step: the fault may be a full disk, and what
@@ -470,8 +470,8 @@ class Runner:
         failpoint("runner_after_undo_intent")
         undone = await self._effect(book.plan, step, step.undo, leaf)
         failpoint("runner_after_undo")
-        if undone is None:
-            await self._lost(book, i)
+        if isinstance(undone, str):
+            await self._lost(book, i, undone)
             await self._settle(book, i)
         elif undone.ok:
             await book.move(i, _S.UNDONE, result=undone)
@@ -481,10 +481,11 @@ class Runner:
 
     # -- after a crash
 
-    async def _lost(self, book: _Book, i: int) -> None:
+    async def _lost(self, book: _Book, i: int, why: str = "") -> None:
         """intent | undoing -> unknown: nobody saw how it ended."""
         last = book.last[i]
-        await book.move(i, _S.UNKNOWN, "nobody saw how it ended", leaf=last.leaf if last else "")
+        reason = f"nobody saw how it ended ({why})" if why else "nobody saw how it ended"
+        await book.move(i, _S.UNKNOWN, reason, leaf=last.leaf if last else "")
 
     async def _settle(self, book: _Book, i: int) -> None:
         """unknown -> ran | planned | undone | handed_over. The old run is made certainly dead before `check` looks."""
@@ -526,7 +527,7 @@ class Runner:
         if not step.check:
             return None
         result = await self._effect(plan, step, step.check, self._leaf_name(step))
-        if result is None or result.timed_out or result.oom_killed or result.error:
+        if isinstance(result, str) or result.timed_out or result.oom_killed or result.error:
             return None
         return {DONE: True, FAILED: False}.get(-1 if result.exit_code is None else result.exit_code)
 

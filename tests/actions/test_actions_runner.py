@@ -324,6 +324,8 @@ async def test_the_leaf_of_the_intent_is_the_one_that_is_killed() -> None:
     intent = bench.ledger.moves[0]
     assert intent.leaf
     assert bench.sandbox.killed == [intent.leaf]
+    unknown = bench.ledger.moves[1]
+    assert (unknown.after, unknown.reason) == (S.UNKNOWN, "nobody saw how it ended (OSError: lost)")
 
 
 async def test_an_intent_whose_effect_did_not_happen_is_done_once() -> None:
