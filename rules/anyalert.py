@@ -209,9 +209,12 @@ def _before_and_after(
 
 
 def _levels(frame: Frame, situation: Situation) -> tuple[FloatArray, FloatArray]:
-    """Mean before the onset (its last sixth and quiet windows left out) and after it (its first third left out)."""
+    """Mean before the onset (its last sixth, as far back as there are samples, and quiet windows left out) and after it
+    (its first third left out)."""
     times = frame.times
-    normal = times < situation.onset - (situation.onset - float(times[0])) / 6.0
+    seen = times[np.isfinite(frame.values).any(axis=0)]
+    begin = float(seen[0] if seen.size else times[0])
+    normal = times < situation.onset - (situation.onset - begin) / 6.0
     for start, end in situation.quiet:
         normal &= ~((times >= start) & (times <= end))
     later = (times >= situation.onset + (situation.until - situation.onset) / 3.0) & (times <= situation.until)

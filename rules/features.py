@@ -42,7 +42,7 @@ COLLAPSE = 0.1  # a rate at a tenth of its baseline has stopped
 MIN_BASELINE = 3  # fewer normal samples are no baseline
 TAIL_FROM = 200  # so many normal samples tell what one in twenty is like: nothing smaller, held, is a change
 HARM_AT_ONCE = 10.0  # seconds, and two samples: what fails only after that was well since the change
-GUARD_FROM = 12  # so many normal samples before the last sixth is given up
+GUARD_FROM = 12  # so many normal samples of a series before the last sixth is given up
 _STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # kinds whose absence means none
 _UP, _DOWN = 1.0, -1.0
 
@@ -143,7 +143,8 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
     values = np.where(np.isfinite(frame.values), frame.values, np.nan)
     normal, abnormal = _windows(frame.times, situation)
     # Contiguous, so that sums run in the same order (to the last bit) however many series stand beside one.
-    before, after = np.ascontiguousarray(values[:, normal]), np.ascontiguousarray(values[:, abnormal])
+    whole, after = np.ascontiguousarray(values[:, normal]), np.ascontiguousarray(values[:, abnormal])
+    before = _guarded(whole)
     with np.errstate(all="ignore"):
         baseline, scale, based = _baseline(before, traits)
         settled = _settled(after)
@@ -159,7 +160,7 @@ def measure(frame: Frame, traits: Traits, situation: Situation) -> Features:
         z = np.where(traits.sign == 0, np.abs(shift), shift * traits.sign)
         if traits.growth.any() and normal.any():
             z = np.where(traits.growth, np.fmax(z, _growth(before, level, traits)), z)
-        silent = (np.isfinite(before).mean(axis=1) >= 0.5) if normal.any() else np.zeros(len(frame.ids), dtype=bool)
+        silent = (np.isfinite(whole).mean(axis=1) >= 0.5) if normal.any() else np.zeros(len(frame.ids), dtype=bool)
         share = np.isfinite(settled).mean(axis=1) if settled.shape[1] else np.ones(len(frame.ids))
         onset = _onset(frame.times, values, baseline, scale, np.where(traits.sign == 0, np.sign(shift), traits.sign))
         return Features(
@@ -247,15 +248,21 @@ def _apart(before: FloatArray, settled: FloatArray, sign: FloatArray) -> BoolArr
 
 
 def _windows(times: FloatArray, situation: Situation) -> tuple[BoolArray, BoolArray]:
-    """Which samples are normal and which abnormal. The last sixth of a long normal window is given up: an alert fires
-    some time after the fault began (`for`, rate windows, scrapes), so these samples are the least normal of all."""
+    """Which samples are normal, and which abnormal."""
     normal = times < situation.onset
     for start, end in situation.quiet:
         normal &= ~((times >= start) & (times <= end))
-    at = np.flatnonzero(normal)
-    if at.shape[0] >= GUARD_FROM:
-        normal[at[-(at.shape[0] // 6) :]] = False
     return normal, (times >= situation.onset) & (times <= situation.until)
+
+
+def _guarded(normal: FloatArray) -> FloatArray:
+    """Without the last sixth of each series' samples, where it has enough: an alert fires some time after the fault
+    began (`for`, rate windows, scrapes), so these are the least normal of all. Of its samples, not of the window: that
+    may reach back to before anybody looked, and then its last sixth is all there is."""
+    finite = np.isfinite(normal)
+    count = finite.sum(axis=1)
+    left = np.cumsum(finite[:, ::-1], axis=1)[:, ::-1]
+    return np.where(left <= np.where(count >= GUARD_FROM, count // 6, 0)[:, None], np.nan, normal)
 
 
 def _settled(abnormal: FloatArray) -> FloatArray:

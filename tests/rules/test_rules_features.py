@@ -57,11 +57,11 @@ def test_level_baseline_and_scale_by_the_book(rows: list[list[float]], split: fl
     normal = int(split * matrix.shape[1])
     frame = frame_of(matrix, normal)
     features = measure(frame, Traits.of([signal()] * len(rows)), situation(frame))
-    kept = normal - (normal // 6 if normal >= 12 else 0)
     n = matrix.shape[1] - normal
     skip = n // 3 if n < 12 else min(n // 2, 15)
     for i, row in enumerate(matrix):
-        base = row[:kept][np.isfinite(row[:kept])]
+        base = row[:normal][np.isfinite(row[:normal])]
+        base = base[: base.size - (base.size // 6 if base.size >= 12 else 0)]
         held = np.sort(row[normal + skip :][np.isfinite(row[normal + skip :])])
         assert bool(features.based[i]) == (base.size >= 3)
         assert bool(features.present[i]) == (held.size > 0)
@@ -248,6 +248,12 @@ def test_quiet_windows_are_no_baseline(packs: PackSet) -> None:
     found = finding(packs, "http_latency_p95", normal, [2.0] * 9, quiet=((ONSET - 20, ONSET - 6),))
     assert (found.state, found.baseline) == ("strong", pytest.approx(0.1))
     assert finding(packs, "http_latency_p95", normal, [2.0] * 9).state == "absent"
+
+
+def test_a_window_that_begins_before_anybody_looked_costs_no_baseline(packs: PackSet) -> None:
+    """Ten samples before the onset are a baseline, however long a window without any lies before them."""
+    found = finding(packs, "http_latency_p95", [math.nan] * 110 + [0.1] * 10, [2.0] * 9)
+    assert (found.state, found.baseline) == ("strong", pytest.approx(0.1))
 
 
 def test_a_series_that_comes_twice_counts_once(packs: PackSet) -> None:

@@ -377,3 +377,23 @@ def test_a_listener_that_is_gone_needs_no_metric_at_all(packs: PackSet) -> None:
     shop.facts.append(listener(9103, "worker", present=False))
     diagnosis = diagnose(without(shop.situation(), lambda e: e.source == "host" or "latency" in e.name), packs)
     assert best(diagnosis) == ("process.crashed", "worker")
+
+
+def test_a_neighbour_brings_no_customers(packs: PackSet) -> None:
+    """A process of no service runs hot beside a service that has three times its requests: that may be its load."""
+    shop = Shop()
+    FAULTS["cpu_neighbour"][0](shop)
+    shop.shift("http_request_rate", "orders", 110.0)
+    (neighbour,) = [h for h in diagnose(shop.situation(), packs).hypotheses if h.cause == "host.cpu_neighbour"]
+    said = {c.evidence: c.log_odds for c in neighbour.contributions}
+    assert said["traffic@callers"] < -1.0
+
+
+def test_descriptors_that_are_used_up_explain_connections_that_fail(packs: PackSet) -> None:
+    """A few requests fail: too few to be sure by them alone, and surely by what the service cannot open."""
+    shop = Shop()
+    shop.shift("process_fds_used_ratio", "orders", 0.95)
+    shop.shift("http_error_ratio", "front", 0.06)
+    shop.put("call_connection_error_ratio", "orders", 0.0, server_address="payments")
+    shop.shift("call_connection_error_ratio", "orders", 0.14, server_address="payments")
+    assert best(diagnose(shop.situation(), packs)) == ("process.fd_exhaustion", "orders")
