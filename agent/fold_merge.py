@@ -177,6 +177,7 @@ class Merge:
             tenant=record.tenant,
             key=key,
             opened_at=record.at,
+            began_at=record.at,
             opened_seq=self.seq,
             updated_at=record.at,
             updated_seq=self.seq,

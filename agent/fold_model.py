@@ -264,6 +264,7 @@ class Incident(msgspec.Struct, kw_only=True, omit_defaults=True):
     refusals: list[Refused] = []
     rounds: int = 0  # investigations begun since it was opened or reopened
     reopened: int = 0
+    began_at: float = 0.0  # when it was opened or reopened; 0: written before this was kept
     story: list[StoryLine] = []
     story_dropped: int = 0
 

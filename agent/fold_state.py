@@ -219,6 +219,7 @@ class State:
         incident.state, incident.closed_at = IncidentState.OPEN, None
         incident.reason, incident.refusal = "", None
         incident.reopened += 1
+        incident.began_at = self.now
         incident.rounds = 0
         incident.archive_plan()
         self.closed.pop(incident.id, None)

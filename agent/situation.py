@@ -120,7 +120,8 @@ class Situations:
         return replace(look, quiet=tuple(sorted(set(windows))))
 
     def _quiet(self, incident: Incident, state: State, first: float, last: float) -> list[tuple[float, float]]:
-        """The trouble of other incidents of its services within [first, last]. It began before its alert fired, and
+        """The trouble of other incidents of its services within [first, last], and its own since it was opened: an
+        alert that comes and goes starts anew each time, while what is wrong stays. It began before its alert fired, and
         left the rate windows after it had ended, as this one does."""
         before, after = self.config.prometheus.onset_margin_seconds, self.config.prometheus.rate_window_seconds
         windows = [
@@ -128,6 +129,8 @@ class Situations:
             for service in incident.services or [""]
             for begin, end in state.quiet_windows(service, first - after, last, without=incident.id)
         ]
+        if 0.0 < incident.began_at < incident.onset:
+            windows.append((max(incident.began_at - before, first), min(incident.onset, last)))
         return [(begin, end) for begin, end in windows if begin < end]
 
     def _start(self, incident: Incident, state: State, onset: float) -> float:

@@ -245,3 +245,30 @@ async def test_a_look_reaches_back_behind_the_trouble_before(world: World, laste
     look = await situations.of(incident, state)
     free = incident.onset - start - sum(end - begin for begin, end in look.quiet)
     assert free >= window / 10.0
+
+
+async def test_an_alert_that_comes_and_goes_leaves_its_own_trouble_out_of_the_baseline(world: World) -> None:
+    """Three minutes after it began the alert starts anew, and nobody saw it recover: the time between is not normal."""
+    about = Prometheus(history_seconds=(), onset_margin_seconds=10.0)
+    begun = NOW - 300.0
+    id = await fires(world, "Flaps", begun)
+    await fires(world, "Flaps", NOW - 120.0)
+    topology = Topology(kinds={"front": "http"})
+    situations = Situations(Config(prometheus=about), PackSet.of(()), (), topology, None, lambda: NOW)
+    look = await situations.of(world.incident(id), world.store.state)
+    assert look.onset == NOW - 120.0 - 10.0
+    assert look.quiet == ((begun - 10.0, look.onset),)
+
+
+async def test_what_was_seen_to_recover_and_comes_again_is_compared_with_the_time_between(world: World) -> None:
+    id = await fires(world, "Again", NOW - 300.0)
+    world.now = NOW - 250.0
+    await world.moved(id, "verifying")
+    await world.moved(id, "resolved")
+    assert await fires(world, "Again", NOW - 120.0) == id
+    topology = Topology(kinds={"front": "http"})
+    config = Config(prometheus=Prometheus(history_seconds=(), onset_margin_seconds=10.0))
+    look = await Situations(config, PackSet.of(()), (), topology, None, lambda: NOW).of(
+        world.incident(id), world.store.state
+    )
+    assert look.quiet == ()
