@@ -377,7 +377,9 @@ def test_a_share_is_stable_and_even() -> None:
 
 
 async def _many(gateway: Gateway, count: int) -> Counter[str]:
-    """Evaluations whose other channel is in every mood: each must bring the primary's answer, the right one."""
+    """Evaluations whose other channel is in every mood: each must bring the primary's answer, the right one. A
+    busy other channel is left a moment, as between real requests: it works while no primary does, and without one a
+    single hang would last as long as the test."""
     expected = {name: diagnose(read_recording(RECORDINGS / name), gateway.packs) for name in NAMES[:2]}
     seen: Counter[str] = Counter()
 
@@ -387,6 +389,8 @@ async def _many(gateway: Gateway, count: int) -> Counter[str]:
             found = await ask(gateway, f"t{n}", recording=name, timeout_ms=30.0)
             assert found.a.diagnosis == expected[name]
             seen[found.b.short.status] += 1
+            if found.b.short.status == "busy":
+                await asyncio.sleep(0.005)
 
     await asyncio.gather(*(some(worker) for worker in range(3)))
     return seen
@@ -401,6 +405,4 @@ async def test_no_answer_is_lost(open_gateway: Open) -> None:
 async def test_no_answer_is_lost_in_ten_thousand(open_gateway: Open) -> None:
     seen = await _many(await open_gateway("moody"), 10_000)
     assert seen.total() == 10_000
-    # It came to grief again and again; on a busy machine always by being late, before it came to the crash.
-    assert seen["unavailable"]
-    assert seen["crashed"] + seen["late"]
+    assert {"crashed", "unavailable"} <= set(seen)
