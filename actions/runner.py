@@ -25,6 +25,7 @@ from actions.builtin import DONE, FAILED, NOTHING_DONE
 from actions.guard import describe
 from actions.model import BreakerMoved, Declined, Plan, Refusal, Step, StepMoved, StepState, check_move
 from sandbox import SandboxUnavailable
+from sandbox.execution import LEAST_SECRET, REDACTED
 from sandbox.failpoint import failpoint
 from sandbox.model import Limits, Needs, Protection, RunResult
 
@@ -408,7 +409,7 @@ class Runner:
         except SandboxUnavailable as error:
             return RunResult(exit_code=None, error=str(error))
         except Exception as error:  # noqa: BLE001 - said in the move; `check` will tell what came of it
-            return f"{type(error).__name__}: {error}"[:300]
+            return _without(f"{type(error).__name__}: {error}", secrets.values())[:300]
 
     async def _snapshot(self, plan: Plan, i: int) -> tuple[str, str]:
         """(file name, remark). A snapshot that fails does not stop the step: the fault may be a full disk, and what
@@ -575,6 +576,14 @@ class Runner:
             await self._ledger.record_breaker(move)
         except Exception as error:
             raise _Interrupted(f"the journal did not take the breaker {move.key}: {error}") from error
+
+
+def _without(text: str, secrets: Iterable[str]) -> str:
+    """`text` as it may be journalled: what an exception says was not written with secrets in mind."""
+    for value in secrets:
+        if len(value) >= LEAST_SECRET:
+            text = text.replace(value, REDACTED.decode())
+    return text
 
 
 def _nothing_done(result: RunResult) -> bool:

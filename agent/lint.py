@@ -11,12 +11,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import promql_parser
 
 from agent.packs import line_at, lines_of, read_pack, read_rest, shipped_texts, texts_in
 from agent.sources.promql import TemplateError, render
+from rules.features import Harm
 from rules.packs import (
     STATES,
     Cause,
@@ -223,6 +224,8 @@ def _finding(pattern: Pattern, packs: PackSet) -> list[tuple[str, str]]:
     faults = [("state", f"there is no state {s}") for s in states if s not in (*STATES, "bad")]
     if states and not faults and not any(_can_be(signal, str(state)) for signal in signals for state in states):
         faults.append(("state", f"these signals are never {', '.join(map(str, states))}"))
+    harms = _constants(where.get("harm"))
+    faults += [("harm", f"there is no harm {h!r}: it is `later` or empty") for h in harms if h not in get_args(Harm)]
     if "peer" in where and not any(signal.peer for signal in signals):
         faults.append(("peer", "no such signal describes calls (`peer`)"))
     return faults

@@ -3,7 +3,7 @@
 
 For every series, robustly against its own normal window:
 
-    baseline  median of the normal samples (quiet windows and the last sixth left out, see `_normal`)
+    baseline  median of the normal samples (quiet windows and the last sixth left out, see `_guarded`)
     scale     max(IQR / 1.35, 5 % of |baseline|, sd / 4, the signal's floor) * (1 + 2 / samples); with 200 samples or
               more also a third of what one sample in twenty deviates
     level     the value held for at least half of the abnormal window, not its maximum (ages and steady growth: of its
@@ -47,6 +47,9 @@ _STARTS_AT_ZERO = frozenset({"error_ratio", "rate", "count", "age", "flag"})  # 
 _UP, _DOWN = 1.0, -1.0
 
 
+Harm = Literal["", "later"]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What one series says. `baseline`, `scale` and `level` are in the signal's unit, NaN where there is none. `state`
@@ -67,7 +70,7 @@ class Finding:
     seasonal: bool = False  # the baseline is what is usual at this time of the day or week
     slope: float = 0.0  # of a trend that is sustained: per second (see `rules.trends`)
     left: float = math.nan  # of a trend: seconds until its limit, NaN: it does not go there, or nobody knows the limit
-    harm: Literal["", "later"] = ""  # later: its service was well for some time after this had changed
+    harm: Harm = ""  # later: its service was well for some time after this had changed
 
     @property
     def bad(self) -> bool:
@@ -259,10 +262,9 @@ def _guarded(normal: FloatArray) -> FloatArray:
     """Without the last sixth of each series' samples, where it has enough: an alert fires some time after the fault
     began (`for`, rate windows, scrapes), so these are the least normal of all. Of its samples, not of the window: that
     may reach back to before anybody looked, and then its last sixth is all there is."""
-    finite = np.isfinite(normal)
-    count = finite.sum(axis=1)
-    left = np.cumsum(finite[:, ::-1], axis=1)[:, ::-1]
-    return np.where(left <= np.where(count >= GUARD_FROM, count // 6, 0)[:, None], np.nan, normal)
+    seen = np.cumsum(np.isfinite(normal), axis=1, dtype=np.int32)  # up to each
+    count = seen[:, -1:]
+    return np.where(seen > count - np.where(count >= GUARD_FROM, count // 6, 0), np.nan, normal)
 
 
 def _settled(abnormal: FloatArray) -> FloatArray:

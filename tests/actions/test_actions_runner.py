@@ -284,6 +284,16 @@ async def test_secrets_reach_the_environment_and_never_the_journal() -> None:
     assert "hunter2" not in repr(bench.ledger.moves)
 
 
+async def test_what_the_sandbox_raises_is_journalled_without_secrets_and_bounded() -> None:
+    raised = ValueError("bad variable PGPASSWORD=hunter2 " + "x" * 1000)
+    bench = Bench({"do-a": [raised], "check-a": [done(0)]}, secrets={"PGPASSWORD": "hunter2"})
+    await bench.run(plan(step(environment=("PGPASSWORD",))))
+    reason = bench.ledger.moves[1].reason
+    assert "bad variable PGPASSWORD=[secret]" in reason
+    assert "hunter2" not in repr(bench.ledger.moves)
+    assert len(reason) < 400
+
+
 # -- the journal fails
 
 

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rules.anyalert import DRILLDOWN, PARTS, with_parts
 from rules.drilldown import Drilldown, drill
+from rules.model import Evidence, Frame, SeriesId, Situation
 
 GRID = [
     {"zone": z, "version": v, "instance": f"{z}-{v}-{i}", "model": m}
@@ -123,3 +125,16 @@ def test_many_series_and_labels_are_bounded() -> None:
 @pytest.mark.parametrize("n", range(3))
 def test_fewer_than_three_series_are_not_drilled(n: int) -> None:
     assert drill(GRID[:n], np.ones(n), np.full(n, 5.0)).best is None
+
+
+def test_parts_are_compared_with_what_there_was_however_far_the_window_reaches_back() -> None:
+    """Series that began twenty samples before the onset, in a window of six hundred: one instance of four jumps."""
+    onset = 1000.0
+    times = onset + np.arange(-600.0, 30.0)
+    ids = tuple(SeriesId.of(PARTS, {"instance": f"host-{i}"}) for i in range(4))
+    values = np.where(times < onset - 20.0, np.nan, np.full((4, times.size), 50.0))
+    values[2, times >= onset] = 90.0
+    parts = Evidence(PARTS, "recorded", Frame(times, ids, values))
+    situation = Situation((), "", onset, float(times[-1]), evidence=(parts,))
+    (told,) = with_parts(situation).facts(DRILLDOWN)
+    assert told.subject == "instance host-2"

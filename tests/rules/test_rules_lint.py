@@ -82,6 +82,7 @@ NOTHING_AGAINST = [{"group": "lag", "states": {"strong": [0.9, 0.02]}}]
         (twin(), f"causes.{EXTRA}.evidence", "copy of the evidence of mine.lagging"),
         (with_rule(finding(signal="lag_seconds", state="broken")), "when.0.where.state", "no state broken"),
         (with_rule(finding(signal="lag_seconds", state="silent")), "when.0.where.state", "never silent"),
+        (with_rule(finding(signal="lag_seconds", harm="latr")), "when.0.where.harm", "no harm 'latr'"),
         (with_rule(finding(group="nothing", state="bad")), "when.0.where.group", "no signal is of group nothing"),
         (with_rule(finding(signal="lag_seconds", group="cpu")), "when.0.where.group", "no signal lag_seconds"),
         (with_rule(finding(group="lag", peer="$p")), "when.0.where.peer", "describes calls"),
